@@ -71,9 +71,9 @@ class Validations:
         # Of an earlier start: what is free before this one's workers are placed is what they are about to take.
         before, there, results = read_beside(output), checkpoint_stamps(output), result_steps(output)
         failed = before.running not in {-1, *results}
-        missed = [] if before.seen is None else _unseen(there, before.seen, results)
+        missed = [] if before.last_look is None else _new_since(there, before.last_look, results)
         self._task: Task | None = None
-        self.state = replace(before, running=-1, seen=there)
+        self.state = replace(before, running=-1, last_look=there)
         if failed or missed:
             self._note(skipped=len(missed), failed=int(failed), reason=_RUN_ENDED)
         else:
@@ -88,13 +88,13 @@ class Validations:
         from pipeline.train.resume import checkpoint_stamps
 
         self._collect()
-        there, seen = checkpoint_stamps(self._output), self.state.seen or {}
-        if not _unseen(there, seen):
+        there, last_look = checkpoint_stamps(self._output), self.state.last_look or {}
+        if not _new_since(there, last_look):
             return
-        new = _unseen(there, seen, result_steps(self._output))
+        new = _new_since(there, last_look, result_steps(self._output))
         reason = "" if not new else "the one before still ran" if self._task else self._lacks()
         begins = new[-1:] if not reason else []
-        fields: Json = {"seen": there}
+        fields: Json = {"last_look": there}
         if passed_over := len(new) - len(begins):
             words = reason or "a newer checkpoint was there"
             fields |= {"skipped": self.state.skipped + passed_over, "reason": words}
@@ -169,9 +169,9 @@ class Validations:
         write_beside(self._output, self.state)
 
 
-def _unseen(there: Mapping[int, str], seen: Mapping[int, str], results: Collection[int] = ()) -> list[int]:
+def _new_since(there: Mapping[int, str], last_look: Mapping[int, str], results: Collection[int] = ()) -> list[int]:
     """The steps whose checkpoints were not there as they are now, and that have no result."""
-    return [step for step, stamp in there.items() if seen.get(step) != stamp and step not in results]
+    return [step for step, stamp in there.items() if last_look.get(step) != stamp and step not in results]
 
 
 class ValidationsBeside:

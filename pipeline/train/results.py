@@ -34,7 +34,7 @@ class BesideState:
     """Validations that were begun and gave no result."""
     reason: str = ""
     """Why the last of them was skipped or failed."""
-    seen: dict[int, str] | None = None
+    last_look: dict[int, str] | None = None
     """The checkpoints that were there at the last look, by step, each with what changes when it is written again; None:
     an earlier release looked."""
 

@@ -99,8 +99,8 @@ def test_recipes_on_public_clips_name_weights_that_open_clip_knows() -> None:
 
 
 def test_recipes_for_a_list_do_not_run_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = {path.stem for path in CONFIGS.glob("*.toml") if load_recipe(path).pairs.source == "drawn"}
-    assert drawn == {"demo", "demo-hour", "single-gpu"}
+    recipes = {path.stem for path in CONFIGS.glob("*.toml") if load_recipe(path).pairs.source == "drawn"}
+    assert recipes == {"demo", "demo-hour", "single-gpu"}
     monkeypatch.chdir(tmp_path)
     for name in ("laion-vit-l14", "karlo", "dalle2-paper"):
         recipe = load_recipe(CONFIGS / f"{name}.toml")

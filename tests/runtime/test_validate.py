@@ -58,7 +58,7 @@ class _Cluster:
         """What became of them, whatever was looked at."""
         state = read_beside(self.output)
         assert state == self.validations.state
-        return replace(state, seen=None)
+        return replace(state, last_look=None)
 
 
 def _goes_on() -> bool:
