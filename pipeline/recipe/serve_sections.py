@@ -131,7 +131,7 @@ class ServeConfig:
     """URL of a collector of OpenTelemetry that takes OTLP over HTTP, for example "http://127.0.0.1:4318"; every request
     is then a trace. It needs `pip install 'unclip[traces]'`. Empty: none."""
     safety_hook: str = ""
-    """MODULE:FUNCTION that may refuse a prompt or blank a picture (docs/operations.md)."""
+    """MODULE:FUNCTION that may refuse a prompt or blank a picture (docs/serving.md)."""
     provenance: str = ""
     """File of an Ed25519 private key (PEM) that signs the PNG files, so that `unclip lineage` shows who made a picture,
     and that it is unchanged; empty: no signature."""

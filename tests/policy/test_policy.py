@@ -94,6 +94,20 @@ def test_links_of_the_pages_lead_to_files() -> None:
         assert not [link for link in links if "://" not in link and not (page.parent / link).exists()], page
 
 
+def test_links_to_a_heading_name_one_that_is_there() -> None:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        links = re.findall(r"\]\(([^):#]*)#([^)]+)\)", page.read_text())
+        assert not [link for name, link in links if link not in _anchors(page.parent / name if name else page)], page
+
+
+def _anchors(page: Path) -> set[str]:
+    """What links into a page may name: its own ids, and GitHub's of its headings (lower case, letters, digits, hyphens)."""
+    text = page.read_text()
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    slugs = {re.sub(r"[^a-z0-9_ -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return slugs | set(re.findall(r'<a id="([^"]+)">', text))
+
+
 @pytest.mark.parametrize(
     ("page", "module"),
     [("config", "jobs.reference"), ("benchmarks", "benchmarks.page"), ("pairs", "pipeline.shapes.describe")],
