@@ -33,7 +33,7 @@ import torch
 from benchmarks.side_by_side import publish
 from pipeline.data.embed import Embedder
 from pipeline.data.selection import selection_of
-from pipeline.data.shards import split_counts
+from pipeline.data.shard_tables import split_counts
 from pipeline.data.vectors import write_embeddings
 from pipeline.evaluate.checks import pixel_check
 from pipeline.evaluate.parts import check_pixels, picture_seed

@@ -23,9 +23,10 @@ from torch.nn.functional import normalize
 
 from models.rows import concat_rows
 from models.text import TextEncoding, padded_length
+from pipeline.data.mends import repair_hint
 from pipeline.data.mixture import Mixture
 from pipeline.data.order import WINDOW_ROWS, SampleOrder, Share
-from pipeline.data.shards import REPAIR_HINT, ShardPictures
+from pipeline.data.shards import ShardPictures
 from pipeline.data.token_states import PackedText, read_states
 from pipeline.data.training_rows import ShardReader, ShardTable
 from pipeline.errors import DataError
@@ -302,7 +303,8 @@ class Samples:
         table = self.reader.table(name)
         if len(table) != self.reader.shard_rows[number]:
             expected = self.reader.shard_rows[number]
-            raise DataError(f"shard {name}: {len(table)} rows of this split, its record says {expected}; {REPAIR_HINT}")
+            counts = f"{len(table)} rows of this split, its record says {expected}"
+            raise DataError(f"shard {name}: {counts}; {repair_hint(name)}")
         shard = _OpenShard(table, self.reader.pictures(name) if px else None)
         if px and self._caches:
             shard.images = np.empty((len(table), px, px, 3), np.uint8)

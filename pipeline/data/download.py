@@ -26,6 +26,7 @@ from pipeline.data.causes import FetchError
 from pipeline.data.decoders import Decoders
 from pipeline.data.fetch import Fetcher
 from pipeline.data.hosts import Limits
+from pipeline.data.mends import repair_hint
 from pipeline.data.pairs import Pairs
 from pipeline.data.resize import Boxes, StoredPicture, read_boxes
 from pipeline.data.rows import numbered_names, require_columns
@@ -43,7 +44,6 @@ from pipeline.data.shard_writer import (
     time_of_day,
     write_shard,
 )
-from pipeline.data.shards import REPAIR_HINT
 from pipeline.data.urls import AddressRules
 from pipeline.errors import ConfigError, DataError, UnclipError
 from pipeline.pictures import PictureError
@@ -244,7 +244,9 @@ class Downloader:
         ):
             merged, schema = read_shard(old.tar, old.parquet, stream)
             if [row.values["uid"] for row in merged] != rows.column("uid").to_pylist():
-                raise DataError(f"download: {old.parquet}: it has other rows than the pairs; {REPAIR_HINT}")
+                raise DataError(
+                    f"download: {old.parquet}: it has other rows than the pairs; {repair_hint(old.parquet)}"
+                )
             failed = [number for number in failed_rows(merged, failed_class) if only is None or number in only]
             if not failed:
                 return None

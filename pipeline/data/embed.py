@@ -24,7 +24,8 @@ from pipeline.clip.frozen import FrozenClip
 from pipeline.data.chunks import CHUNK_ROWS, Chunk, DecodedChunk, Decoders, ThreadDecoders
 from pipeline.data.rows import embeddings_schema
 from pipeline.data.selection import Selection
-from pipeline.data.shards import ShardPictures, good_samples, splits_of
+from pipeline.data.shard_tables import splits_of
+from pipeline.data.shards import ShardPictures, good_samples
 from pipeline.data.token_states import (
     EmptyCaption,
     PackedText,

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute
 
-from pipeline.data.shards import read_table
+from pipeline.data.shard_tables import read_table
 from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.store import Artifact
 

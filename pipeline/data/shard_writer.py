@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.causes import cause_of, is_in_class
-from pipeline.data.shards import index_tar, picture_span
+from pipeline.data.tar_index import index_tar, picture_span
 from pipeline.workspace.hashing import HashedFile
 
 SUCCESS = "success"

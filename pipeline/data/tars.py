@@ -21,7 +21,9 @@ from pipeline.data.json_lists import parse_json
 from pipeline.data.lists import require_parts
 from pipeline.data.reading import MAX_CELL, Reading, within_limit
 from pipeline.data.rows import make_uid
-from pipeline.data.shards import TAKEN_IN, index_tar, picture_span, sample_caption, sample_url
+from pipeline.data.shard_tables import TAKEN_IN
+from pipeline.data.shards import sample_caption, sample_url
+from pipeline.data.tar_index import index_tar, picture_span
 from pipeline.errors import DataError
 from pipeline.pictures import FORMATS
 from pipeline.workspace.files import UserFile, find_files, local_copy

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from models.clip_config import END_TOKEN, START_TOKEN, ClipDims
 from models.text import NUM_NULL_TOKENS, TextEncoding, padded_length
-from pipeline.data.shards import REPAIR_HINT, name_of
+from pipeline.data.mends import repair_hint
+from pipeline.data.shard_tables import name_of
 from pipeline.data.vectors import to_arrow
 from pipeline.errors import DataError
 from pipeline.workspace.hashing import HashedFile
@@ -227,7 +228,8 @@ class StoredStates:
         rows = pc.index_in(uids, value_set=self._uids)
         if rows.null_count:
             missing = uids.filter(pc.is_null(rows))[0].as_py()
-            raise DataError(f"{self._path}: no row of uid {missing}, which is in the embeddings; {REPAIR_HINT}")
+            lack = f"no row of uid {missing}, which is in the embeddings"
+            raise DataError(f"{self._path}: {lack}; {repair_hint(self._path)}")
         return rows.to_numpy().astype(np.int64)
 
     def copy(
@@ -295,4 +297,4 @@ def _named(path: Path | IO[bytes]) -> Generator[None]:
     try:
         yield
     except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
-        raise DataError(f"{name_of(path)}: damaged ({error}); {REPAIR_HINT}") from error
+        raise DataError(f"{name_of(path)}: damaged ({error}); {repair_hint(path)}") from error

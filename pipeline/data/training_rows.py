@@ -16,7 +16,8 @@ import pyarrow.compute
 from numpy.typing import NDArray
 
 from pipeline.data.selection import Selection
-from pipeline.data.shards import ShardPictures, read_table
+from pipeline.data.shard_tables import read_table
+from pipeline.data.shards import ShardPictures
 from pipeline.data.token_states import EmptyCaption, StoredStates, read_empty, states_file
 from pipeline.data.vectors import StoredColumn
 from pipeline.errors import DataError

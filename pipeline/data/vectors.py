@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.data.mends import repair_hint
 from pipeline.data.rows import embeddings_schema
-from pipeline.data.shards import REPAIR_HINT, name_of, read_table
+from pipeline.data.shard_tables import name_of, read_table
 from pipeline.errors import DataError
 from pipeline.workspace.hashing import HashedFile
 
@@ -143,7 +144,7 @@ def _opened(path: Path | IO[bytes]) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{name_of(path)}: damaged ({error}); {REPAIR_HINT}") from error
+        raise DataError(f"{name_of(path)}: damaged ({error}); {repair_hint(path)}") from error
 
 
 def read_vectors(path: Path) -> Vectors:
@@ -245,5 +246,5 @@ def check_places(groups: RowGroups, vectors: Vectors, path: Path) -> None:
     for column in VECTOR_COLUMNS:
         if not np.array_equal(stored.read(rows, column), to_unit(getattr(vectors, column)[rows])):
             raise DataError(
-                f"{path}: column {column} is not stored in one uncompressed page a row group; {REPAIR_HINT}"
+                f"{path}: column {column} is not stored in one uncompressed page a row group; {repair_hint(path)}"
             )

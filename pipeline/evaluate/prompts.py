@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.drawn import EVALUATION
 from pipeline.data.rows import require_columns
-from pipeline.data.shards import read_table
+from pipeline.data.shard_tables import read_table
 from pipeline.errors import DataError
 from pipeline.retrieve.embedded import EmbeddedShards
 from pipeline.retrieve.sample import read_rows

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.data.selection import LABEL_COLUMNS, label_file
-from pipeline.data.shards import StoredPictures, read_table
+from pipeline.data.shard_tables import read_table
+from pipeline.data.shards import StoredPictures
 from pipeline.errors import DataError
 from pipeline.pictures import thumbnail, to_png
 from pipeline.workspace.manifest import ShardRecord

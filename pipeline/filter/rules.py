@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.data.shards import ShardPictures, good_rows, read_names, read_table
+from pipeline.data.shard_tables import good_rows, read_names, read_table
+from pipeline.data.shards import ShardPictures
 from pipeline.errors import ConfigError
 from pipeline.filter.hashes import THUMB_BYTES, PictureHash, hash_picture
 from pipeline.filter.labels import Labels

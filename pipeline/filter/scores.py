@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.data.shards import read_names, read_table
+from pipeline.data.shard_tables import read_names, read_table
 from pipeline.data.vectors import to_numpy, to_unit
 from pipeline.filter.heads import Head
 from pipeline.filter.labels import Labels, map_table

@@ -19,7 +19,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from pipeline.data.shards import read_table
+from pipeline.data.shard_tables import read_table
 from pipeline.data.vectors import to_arrow, to_numpy, to_unit
 from pipeline.filter.gathered import Bundle
 from pipeline.filter.labels import duplicates_table, map_table, sorted_duplicates

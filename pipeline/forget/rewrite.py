@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from pipeline.data.blank import BLANK, COLUMNS_THAT_STAY, are_forgotten, blank_rows
 from pipeline.data.pairs import ROW_GROUP_ROWS
 from pipeline.data.selection import label_file
+from pipeline.data.shard_tables import TAKEN_IN, read_names, read_schema, read_table, split_counts
 from pipeline.data.shard_writer import (
     FAILED_TO_DOWNLOAD,
     SUCCESS,
@@ -28,7 +29,7 @@ from pipeline.data.shard_writer import (
     read_shard,
     write_shard,
 )
-from pipeline.data.shards import TAKEN_IN, index_tar, read_names, read_schema, read_table, split_counts
+from pipeline.data.tar_index import index_tar
 from pipeline.data.token_states import copy_states, states_file
 from pipeline.data.vectors import write_embeddings
 from pipeline.filter.examples import EXAMPLES

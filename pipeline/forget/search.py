@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from pipeline.data.drawn import EVALUATION
-from pipeline.data.shards import find_rows, read_groups, read_names
+from pipeline.data.shard_tables import find_rows, read_groups, read_names
 from pipeline.errors import DataError
 from pipeline.recipe.lineage import indexed_embeddings
 from pipeline.recipe.steps import STEP_ROWS

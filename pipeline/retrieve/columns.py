@@ -8,8 +8,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute
 
+from pipeline.data.mends import repair_hint
 from pipeline.data.pairs import cast_column
-from pipeline.data.shards import REPAIR_HINT, read_schema, read_table
+from pipeline.data.shard_tables import read_schema, read_table
 from pipeline.errors import DataError
 from pipeline.workspace.store import Artifact
 
@@ -72,11 +73,12 @@ class StoredColumns:
             own = tuple(name for name in names if name in schema and name not in columns)
             if not own:
                 continue
-            table = self._read(artifact.path(f"{shard}{_SUFFIX}"), own)
+            path = artifact.path(f"{shard}{_SUFFIX}")
+            table = self._read(path, own)
             rows = compute.index_in(pa.array(keys, pa.string()), value_set=table.column("key"))
             if rows.null_count:
                 missing = keys[rows.is_null().index(True).as_py()]
-                raise DataError(f"shard {shard}: key {missing}: no such row in {artifact.uri}; {REPAIR_HINT}")
+                raise DataError(f"shard {shard}: key {missing}: no such row in {artifact.uri}; {repair_hint(path)}")
             columns |= {name: table.column(name).take(rows) for name in own}
         return pa.table({name: columns[name] for name in names})
 

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.data.shards import REPAIR_HINT, read_schema, read_table
+from pipeline.data.mends import repair_hint
+from pipeline.data.shard_tables import read_schema, read_table
 from pipeline.data.vectors import Vectors, read_vectors
 from pipeline.errors import DataError
 from pipeline.workspace.store import Artifact
@@ -67,11 +68,11 @@ class EmbeddedShards:
         Raises:
             DataError: If the file is damaged, or has another number of rows than its record.
         """
-        vectors, num_rows = read_vectors(path or self.path(shard)), int(self.starts[shard + 1] - self.starts[shard])
+        path = path or self.path(shard)
+        vectors, num_rows = read_vectors(path), int(self.starts[shard + 1] - self.starts[shard])
         if len(vectors.z_image) != num_rows:
-            raise DataError(
-                f"index: {self.name(shard)} has {len(vectors.z_image)} rows, its record says {num_rows}; {REPAIR_HINT}"
-            )
+            counts = f"{len(vectors.z_image)} rows, its record says {num_rows}"
+            raise DataError(f"index: {self.name(shard)} has {counts}; {repair_hint(path)}")
         return vectors
 
     def read_column(self, shard: int, name: str) -> list[Any]:

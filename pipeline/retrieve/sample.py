@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.data.shards import REPAIR_HINT
+from pipeline.data.mends import repair_hint
 from pipeline.data.vectors import VECTOR_COLUMNS, RowGroups, to_unit
 from pipeline.errors import DataError
 from pipeline.retrieve.embedded import EmbeddedShards, Floats, Ids
@@ -96,7 +96,7 @@ def read_rows(embedded: EmbeddedShards, rows: Mapping[str, Ids], *, whole: bool 
                 stops.append(start + 2 * embedded.embed_dim * num_rows)
         numbers = np.frombuffer(b"".join(_read_ranges(file, starts, stops)), np.float16)
         if 2 * len(numbers) != sum(stops) - sum(starts):
-            raise DataError(f"index: {embedded.name(shard)}: it ends before its vectors do; {REPAIR_HINT}")
+            raise DataError(f"index: {embedded.name(shard)}: it ends before its vectors do; {repair_hint(file)}")
         for column, place in places.items():
             part, numbers = np.split(numbers, [embedded.embed_dim * (place.stop - place.start)])
             vectors[column][place] = part.reshape(-1, embedded.embed_dim)

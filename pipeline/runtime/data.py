@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.data.mends import repair_hint
 from pipeline.data.selection import selection_of
-from pipeline.data.shards import REPAIR_HINT, split_counts
+from pipeline.data.shard_tables import split_counts
 from pipeline.errors import DataError
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.pool import ShardJob, map_shards, total_counts
@@ -92,8 +93,8 @@ class EmbedWorker:
         for source in (f"{shard}.tar", f"{shard}.parquet"):
             path = self._download.matching(source, self._records[shard].files[source])
             if path is None:
-                where = f"embed: shard {shard}: {self._download.uri}/{source}"
-                raise DataError(f"{where} does not match its checksum; {REPAIR_HINT}")
+                uri = f"{self._download.uri}/{source}"
+                raise DataError(f"embed: shard {shard}: {uri} does not match its checksum; {repair_hint(uri)}")
             paths.append(path)
         result, names = self._embedder.write(paths[0], paths[1], shard, self._output)
         list_number, counts = self._records[shard].list_number, dict(result.counts)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from pipeline.data.shard_tables import split_counts
 from pipeline.data.shard_writer import FAILURES, ShardFiles, failure_causes
-from pipeline.data.shards import split_counts
 from pipeline.data.splits import Part, Split
 from pipeline.errors import StepError
 from pipeline.runtime.context import StepContext

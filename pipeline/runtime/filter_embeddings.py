@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.data.selection import label_file
-from pipeline.data.shards import read_names, read_schema, read_table
+from pipeline.data.shard_tables import read_names, read_schema, read_table
 from pipeline.filter.gathered import Bundle, plan_bundles
 from pipeline.filter.labels import (
     count_reasons,
@@ -228,7 +228,7 @@ class KeepWorker(_EmbeddingWorker):
 
     def __call__(self, shard: str) -> ShardRecord:
         """Label the rows of one shard and write those that stay."""
-        from pipeline.data.shards import split_counts
+        from pipeline.data.shard_tables import split_counts
         from pipeline.data.vectors import write_embeddings
 
         start, names = time.monotonic(), [label_file(shard), f"{shard}.parquet"]

@@ -39,7 +39,7 @@ class TakeInWorker:
     def __call__(self, shard: str) -> ShardRecord:
         """Take in one shard and commit it."""
         from pipeline.data.blank import num_blank
-        from pipeline.data.shards import split_counts
+        from pipeline.data.shard_tables import split_counts
         from pipeline.data.tars import take_in
 
         start, rows = time.monotonic(), self._pairs.part(shard)

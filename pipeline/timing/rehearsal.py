@@ -25,8 +25,8 @@ from pipeline.data.make_pairs import write_pairs
 from pipeline.data.npy_folder import NpyPart, find_parts, import_part
 from pipeline.data.pairs import Pairs
 from pipeline.data.selection import label_file
+from pipeline.data.shard_tables import read_names, read_schema, read_table
 from pipeline.data.shard_writer import ShardFiles, failure_causes
-from pipeline.data.shards import read_names, read_schema, read_table
 from pipeline.data.sources import Source, source_of
 from pipeline.data.tars import take_in, tar_files
 from pipeline.data.vectors import write_embeddings

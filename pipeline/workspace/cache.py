@@ -129,6 +129,11 @@ def keep(uri: str, local_file: Path, cached: Cached) -> None:
     _make_room(cached.version.num_bytes)
 
 
+def is_cached(path: Path) -> bool:
+    """Whether a local file is this machine's copy of a file in a store."""
+    return path.with_name(f".{path.name}{_SUFFIX}").exists()
+
+
 def lookup(uri: str, version: Version) -> Cached | None:
     """What is known of a version that lies in the cache; None if it does not."""
     local = _place(uri)

@@ -11,7 +11,8 @@ import pytest
 
 from pipeline.data import shards
 from pipeline.data.rows import make_uid
-from pipeline.data.shards import ShardPictures, StoredPictures, index_tar
+from pipeline.data.shards import ShardPictures, StoredPictures
+from pipeline.data.tar_index import index_tar
 from pipeline.errors import DataError
 from pipeline.workspace.store import Artifact
 from tests.tiny.shards import make_jpeg, noisy_shard, write_tar

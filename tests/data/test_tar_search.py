@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.data import shards
-from pipeline.data.shards import ShardPictures, find_in_tar, index_tar
+from pipeline.data.shards import ShardPictures
+from pipeline.data.tar_index import find_in_tar, index_tar
 from pipeline.errors import DataError
 from tests.tiny.shards import write_tar
 

@@ -147,7 +147,7 @@ def test_missing_damaged_and_foreign_states_are_named(inputs: dict[str, Artifact
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
     for read in (lambda: _samples({"embed": rows}).batch(place), lambda: read_empty(file)):
-        with pytest.raises(DataError, match=r"00000\.tokens\.arrow: damaged .* only that shard is made again"):
+        with pytest.raises(DataError, match=r"00000\.tokens\.arrow: damaged .* bring it back from a copy"):
             read()
     uid = make_uid("http://a/0/1", _CAPTIONS[1])
     uids = pq.read_table(rows.path("00000.parquet"))["uid"].to_pylist()

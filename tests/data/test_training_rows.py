@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.data.batches import Samples
-from pipeline.data.shards import split_counts
+from pipeline.data.shard_tables import split_counts
 from pipeline.data.training_rows import ShardReader
 from pipeline.data.vectors import StoredColumn
 from pipeline.errors import DataError

@@ -15,7 +15,8 @@ from PIL import Image, ImageOps
 
 from pipeline.data.rows import make_uid
 from pipeline.data.selection import selection_of
-from pipeline.data.shards import StoredPictures, good_rows
+from pipeline.data.shard_tables import good_rows
+from pipeline.data.shards import StoredPictures
 from pipeline.recipe.plan import Step, artifact_of, make_plan, manifest_of
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.runtime import filter as steps

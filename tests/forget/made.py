@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from pipeline.data.rows import make_uid
 from pipeline.data.selection import embeddings_of
-from pipeline.data.shards import split_counts
+from pipeline.data.shard_tables import split_counts
 from pipeline.forget.forget import finish, forget
 from pipeline.forget.search import Search, search
 from pipeline.recipe.plan import artifact_of, inputs_of, make_plan, manifest_of

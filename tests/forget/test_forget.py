@@ -17,8 +17,9 @@ from pipeline.data.download import download_shard
 from pipeline.data.make_pairs import PairsMaker
 from pipeline.data.rows import make_uid
 from pipeline.data.selection import embeddings_of, selection_of
+from pipeline.data.shard_tables import find_rows, split_counts
 from pipeline.data.shard_writer import ShardFiles
-from pipeline.data.shards import ShardPictures, find_rows, split_counts
+from pipeline.data.shards import ShardPictures
 from pipeline.data.sources import source_of
 from pipeline.data.training_rows import ShardReader, ShardTable
 from pipeline.data.urls import AddressRules

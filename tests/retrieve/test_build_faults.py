@@ -166,7 +166,7 @@ def test_a_truncated_table_of_embeddings_is_named(shard: int, tmp_path: Path) ->
     make_embeddings(embed, vectors, vectors, rows_per_shard=100)
     table = embed.path(f"{sorted(embed.shard_records())[shard]}.parquet")
     table.write_bytes(table.read_bytes()[:500])
-    with pytest.raises(DataError, match=rf"{table.name}: damaged .*only that shard is made again"):
+    with pytest.raises(DataError, match=rf"{table.name}: damaged .* bring it back from a copy"):
         build_index(embed, Workspace(str(tmp_path)).artifact("index", "k"), _CONFIG, seed=0)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.data.selection import selection_of
-from pipeline.data.shards import split_counts
+from pipeline.data.shard_tables import split_counts
 from pipeline.data.training_rows import ShardReader
 from pipeline.filter import duplicates, semantic
 from pipeline.recipe.sections import IndexConfig

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data.shards import read_table
+from pipeline.data.shard_tables import read_table
 from pipeline.errors import ConfigError, DataError, StepError
 from pipeline.forget import rewrite as rewriting
 from pipeline.recipe.recipe import parse_recipe

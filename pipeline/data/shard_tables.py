@@ -1,0 +1,118 @@
+"""Readers of a shard's table, of all its rows or of some, with words for what is damaged."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute
+import pyarrow.parquet as pq
+
+from pipeline.data.mends import repair_hint
+from pipeline.data.rows import require_columns
+from pipeline.errors import DataError
+
+pc: Any = pyarrow.compute  # its functions are created at import, so a type checker does not know them
+
+TAKEN_IN = b"taken_in"
+"""Key in the metadata of a table whose tar somebody else wrote: it may hold samples that are no rows."""
+
+
+def read_table(path: Path | IO[bytes], columns: Sequence[str], *, use_threads: bool = True) -> pa.Table:
+    """Read columns of a shard's table, from a local path or what ``Artifact.ranged`` gives.
+
+    Args:
+        path: The table.
+        columns: Names of the columns, in the order in which they are given back.
+        use_threads: Whether several threads decode, which takes less time and more of the processor.
+
+    Raises:
+        DataError: If the table is damaged or lacks a column; names the file.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            require_columns(file.schema_arrow.names, columns, where=name_of(path))
+            return file.read(list(columns), use_threads=use_threads).select(list(columns))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{name_of(path)}: damaged ({error}); {repair_hint(path)}") from error
+
+
+def read_groups(path: Path | IO[bytes], columns: Sequence[str]) -> Iterator[pa.Table]:
+    """Read columns of a table, a row group at a time.
+
+    Raises:
+        DataError: If the table is damaged; names the file.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            for group in range(file.num_row_groups):
+                yield file.read_row_group(group, list(columns))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{name_of(path)}: damaged ({error}); {repair_hint(path)}") from error
+
+
+def find_rows(
+    path: Path | IO[bytes], keys: Sequence[str], values: pa.Array, columns: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """Columns of the rows of which one of the columns ``keys`` has one of some strings; reads a row group at a time.
+
+    Raises:
+        DataError: If the table is damaged; names the file.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            for group in range(file.num_row_groups):
+                table = file.read_row_group(group, list(keys))
+                is_match = np.zeros(table.num_rows, np.bool_)
+                for key in keys:
+                    is_match |= pc.is_in(table.column(key).cast(pa.string()), value_set=values).to_numpy()
+                if is_match.any():
+                    yield from file.read_row_group(group, list(columns)).filter(pa.array(is_match)).to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{name_of(path)}: damaged ({error}); {repair_hint(path)}") from error
+
+
+def read_names(path: Path | IO[bytes]) -> list[str]:
+    """Names of the columns of a shard's table.
+
+    Raises:
+        DataError: If the table is damaged; names the file.
+    """
+    return list(read_schema(path).names)
+
+
+def read_schema(path: Path | IO[bytes]) -> pa.Schema:
+    """Columns of a shard's table, with their types and the table's metadata.
+
+    Raises:
+        DataError: If the table is damaged; names the file.
+    """
+    try:
+        return pq.read_schema(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{name_of(path)}: damaged ({error}); {repair_hint(path)}") from error
+
+
+def name_of(path: Path | IO[bytes]) -> str:
+    """What a message calls a file of ``Artifact.ranged``."""
+    return str(path) if isinstance(path, Path) else path.name
+
+
+def good_rows(table: pa.Table) -> pa.Table:
+    """The rows whose picture was stored."""
+    return table.filter(pc.field("status") == "success")
+
+
+def split_counts(path: Path) -> dict[str, int]:
+    """Rows of a shard's table by split, without those that have no picture; for the shard's record."""
+    names = [name for name in ("split", "status") if name in read_names(path)]
+    table = read_table(path, names)
+    return splits_of(good_rows(table) if "status" in names else table)
+
+
+def splits_of(table: pa.Table) -> dict[str, int]:
+    """Rows of a table by split."""
+    counts = Counter(table["split"].to_pylist())
+    return {str(split): count for split, count in sorted(counts.items())}
