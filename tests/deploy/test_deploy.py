@@ -17,6 +17,7 @@ import jsonschema
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 from ray.serve.schema import ServeDeploySchema
 
 from pipeline.errors import ConfigError
@@ -167,6 +168,25 @@ def test_google_clouds_cluster_is_what_ray_up_takes_and_has_the_roles_of_the_oth
         for role, kind in _load("gcp.yaml")["available_node_types"].items()
     }
     assert accounts == dict.fromkeys(_ROLES, "unclip") | {"head": "unclip-head"}
+
+
+@pytest.mark.parametrize("name", ["cluster.yaml", "deploy/gcp.yaml"])
+def test_every_machine_is_set_up_whole_as_ray_merges_the_commands(name: str) -> None:
+    config = AutoscalingConfig(yaml.safe_load((ROOT / name).read_text()), skip_content_hash=True)
+    commands = {role: config.get_worker_setup_commands(role) for role in _ROLES}
+    commands["head"] = config.get_head_setup_commands()
+    for role, lines in commands.items():
+        packages, environment, *_ = lines
+        assert "apt-get install -y -q python3-venv" in packages, role
+        assert "python3 -m venv ~/venv" in environment, role
+        assert "local-disk.sh" in lines[-1], role
+    # AWS's image joins its disks by itself; elsewhere local-disk.sh does it.
+    assert ("mdadm" in commands["train"][0]) == ("gcp" in name)
+
+
+@pytest.mark.parametrize("name", ["cluster.yaml", "deploy/gcp.yaml"])
+def test_the_images_of_the_machines_have_a_python_that_is_new_enough(name: str) -> None:
+    assert set(re.findall(r"ubuntu-\d\d\.?\d\d", (ROOT / name).read_text())) <= {"ubuntu-24.04", "ubuntu-2404"}
 
 
 def test_the_image_has_the_folders_that_the_program_reads() -> None:
