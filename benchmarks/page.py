@@ -6,6 +6,7 @@ import operator
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,11 @@ MODULES = {
 """Result file and the program that writes it."""
 _HEAD = """# Benchmarks
 
-Every measurement was made side by side in one run; its command repeats it. Ratios above 1 favour this
-project, shares of memory below 1; `low` and `high` are the quartiles over the rounds. `holds` says whether a
-number keeps its floor: yes, no, or undecided, where its interval reaches over the floor. Seconds are those of one
-busy machine; do not compare them with those of another. The page is written by `make docs` from
-`benchmarks/results/`.
+Every measurement was made side by side in one run; its command repeats it, with the settings that stand in
+brackets above its table. Ratios above 1 favour this project, shares of memory below 1; `low` and `high` are the
+quartiles over the rounds. `holds` says whether a number keeps its floor: yes, no, or undecided, where its interval
+reaches over the floor. Seconds are those of one busy machine; do not compare them with those of another. The page is
+written by `make docs` from `benchmarks/results/`.
 """
 
 
@@ -119,11 +120,27 @@ def main() -> None:
 
 
 def measured_with(document: dict[str, Any]) -> str:
-    """The versions, the threads and, where the results name it, the device of a measurement."""
+    """The day, versions, threads, device and settings of a measurement, as far as its results name them."""
     versions = ", ".join(f"{package} {version}" for package, version in document["versions"].items())
-    device = document["settings"].get("device")
+    created_s, device = document.get("created_s"), document["settings"].get("device")
+    day = f" on {datetime.fromtimestamp(created_s, UTC):%Y-%m-%d}" if created_s else ""
     threads = f"{document['machine']['threads']} thread(s)"
-    return f"Measured with {versions}, {threads}{f', on {device}' if device else ''}"
+    settings = "; ".join(
+        text if name == "note" else f"{name} {text}"
+        for name, value in document["settings"].items()
+        if name not in {"device", "name", "threads"} and (text := _setting(value))
+    )
+    on = f", on {device}" if device else ""
+    return f"Measured{day} with {versions}, {threads}{on}{f' ({settings})' if settings else ''}"
+
+
+def _setting(value: Any) -> str:
+    """A setting in words; empty if it is off, or holds measurements."""
+    if value is False or isinstance(value, dict):
+        return ""
+    if isinstance(value, list):
+        return "" if any(isinstance(one, float) for one in value) else ", ".join(map(str, value))
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def rows_of(name: str, document: dict[str, Any]) -> list[Row]:

@@ -17,6 +17,20 @@ def test_a_measurement_names_its_device_where_the_results_do() -> None:
     assert measured_with(document) == "Measured with torch 2.11.0, 16 thread(s), on NVIDIA H200"
 
 
+def test_a_measurement_names_its_day_and_the_settings_that_its_command_took() -> None:
+    settings = {
+        "share": 0.5,
+        "steps": [5, 10],
+        "set": [],
+        "compiled": False,
+        "rates": {"ours": [1.0]},
+        "ledger_s": [0.5],
+        "threads": 1,
+    }
+    document = {"versions": {"torch": "2.11.0"}, "machine": {"threads": 1}, "settings": settings, "created_s": 86400}
+    assert measured_with(document) == "Measured on 1970-01-02 with torch 2.11.0, 1 thread(s) (share 0.5; steps 5, 10)"
+
+
 def test_a_row_of_the_ablation_has_the_time_of_its_trainings() -> None:
     checks = {"one object": {"colour": {"generated": {"rate": 0.5}}}}
     runs = [{"recipe": "demo", "seed": seed, "train_s": 100.0 + 20 * seed, "pixel_check": checks} for seed in (0, 1)]
