@@ -1,6 +1,7 @@
 """``unclip promote``: which measured cascade is the one to use."""
 
 import dataclasses
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -45,5 +46,5 @@ def promote_(
     return (
         f"unclip serve {words}",
         f"unclip export {words} --native FOLDER",
-        f"unclip lineage {step.key} --recipe {recipe}",
+        f"unclip lineage {step.key} --workspace {quote(resolved.workspace)}",
     )

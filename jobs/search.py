@@ -91,7 +91,7 @@ def search(
             address,
             json=json,
         )
-        return (f"unclip status {recipe_words(recipe, overrides)}",)
+        return ()
     if not things:
         raise ConfigError(
             "search: give a text, --image FILE, --embedding FILE or --uid UID, "

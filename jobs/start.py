@@ -50,7 +50,7 @@ def init(
         float | None,
         typer.Option(
             "--minutes",
-            help="Longest time of the whole run on this machine; default: set by the number of pairs.",
+            help="Longest time of the whole run on this machine, in minutes; default: set by the number of pairs.",
             min=0,
         ),
     ] = None,

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,14 @@ def test_the_better_cascade_becomes_champion_and_the_worse_one_only_by_force(pat
     again = json.loads(_promote(path, "--set", "seed=2", "--json").stdout)
     assert again["changed"] is False
     assert len(read_promotions(workspace, "tiny").promotions) == 4
+
+
+def test_the_lineage_that_is_proposed_is_found_in_the_workspace_that_was_used(path: Path, tmp_path: Path) -> None:
+    change = f"workspace={tmp_path / 'another one'}"
+    key = _measure(load_recipe(str(path), [change]), clip_score__generated=0.3)
+    done = _promote(path, "--set", change)
+    command = next(line for line in done.stderr.splitlines() if "unclip lineage" in line)
+    assert shlex.split(command) == ["unclip", "lineage", key, "--workspace", str(tmp_path / "another one")]
 
 
 def test_measures_of_other_settings_do_not_compare_and_unknown_ones_are_named(path: Path) -> None:

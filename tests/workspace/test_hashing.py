@@ -9,8 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data.download import ShardFiles
-from pipeline.data.shard_writer import ShardRow, write_shard
+from pipeline.data.shard_writer import ShardFiles, ShardRow, write_shard
 from pipeline.data.vectors import write_embeddings
 from pipeline.evaluate.parts import write_rows
 from pipeline.filter.labels import write_labels
