@@ -151,6 +151,12 @@ def test_decisions_are_short_dated_and_in_order() -> None:
         )
 
 
+def test_the_lab_book_is_dated_and_in_order() -> None:
+    headings = re.findall(r"^## (.*)$", (ROOT / "docs/lab.md").read_text(), re.MULTILINE)
+    assert [one for one in headings if not re.match(r"\d{4}-\d\d-\d\d \S", one)] == []
+    assert headings == sorted(headings, key=lambda one: one[:10])
+
+
 def test_text_is_ascii() -> None:
     for name in _tracked():
         if name.endswith((".py", ".toml")):
