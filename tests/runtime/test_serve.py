@@ -46,6 +46,7 @@ from tests.tiny.workspace import served_workspace
 
 pytestmark = pytest.mark.ray
 SLOW = ("--set", "decoder.model.sampler.num_steps=100")  # long enough to leave before the end
+_LONG = {"prompt": "a", "num_inference_steps": 900}  # long enough to be counted by two looks of /healthz
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ def test_ctrl_c_finishes_what_is_under_way_and_ends_everything_it_started(served
     family = psutil.Process(served.process.pid).children(recursive=True)
     assert len(family) > 3
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        under_way = pool.submit(ask, served.url, {"prompt": "a"})
+        under_way = pool.submit(ask, served.url, _LONG)
         while not health(served)["active"]:
             time.sleep(0.01)
         os.killpg(served.process.pid, signal.SIGINT)
@@ -287,7 +288,7 @@ def test_servers_share_a_cluster_whose_machines_come_later(tmp_path: Path) -> No
             assert swapped_under_load(processes[1], urls[1]) == {200}
 
             with concurrent.futures.ThreadPoolExecutor(1) as pool:
-                under_way = pool.submit(ask, urls[1], {"prompt": "a"})
+                under_way = pool.submit(ask, urls[1], _LONG)
                 while not httpx.get(f"{urls[1]}/healthz", timeout=30).json()["active"]:
                     time.sleep(0.01)
                 processes[1].terminate()
