@@ -51,7 +51,7 @@ def submit(
 ) -> Next:
     """Run a recipe as a job on a Ray cluster; the same recipe is not run twice.
 
-    Example: unclip submit configs/demo.toml --address http://127.0.0.1:8265 --follow
+    Example: unclip submit my.toml --set workspace=s3://BUCKET/my --address http://127.0.0.1:8265 --follow
     """
     resolved, words = load_recipe(recipe, overrides or []), recipe_words(recipe, overrides)
     if manifest:

@@ -1,10 +1,13 @@
-"""A look at the machines of a cluster: whether each on which a step may run has the packages that steps need.
+"""A look at the machines of a cluster: whether each on which a step may run has packages and workspace of the run.
 
 All are looked at before the first step begins, those that come later when they come.
 """
 
+import os
+import platform
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -12,12 +15,15 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.errors import ConfigError
+from pipeline.recipe.lineage import RESOLVED
 from pipeline.recipe.plan import Step
 from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.packages import complaint
 from pipeline.runtime.placement import amounts_of, cluster_has_roles, machine_has, worker_options
+from pipeline.workspace.store import Workspace
 
 _EVERY_S = 5.0
+_SHOWS_WITHIN_S = 25.0  # a shared folder may show new files late; shorter than the longest look
 LONGEST_LOOK_S = 30.0
 """A machine that has not answered by then is judged when it does."""
 
@@ -26,7 +32,7 @@ class Machines:
     """The machines of the connected cluster that have been looked at, from the start on.
 
     Args:
-        recipe: The recipe of the run.
+        recipe: The recipe of the run, which is in the workspace already.
         steps: Its steps that are not done; none: no machine is looked at.
 
     Raises:
@@ -41,6 +47,9 @@ class Machines:
             for name, section in sections.items()
             if hasattr(section, "resources")
         ]
+        self._workspace = Workspace(recipe.workspace)
+        self._file = str(Path(self._workspace.root) / "recipes" / recipe.name / RESOLVED)
+        """What every machine must see if the workspace is a folder."""
         self._asked: dict[str, Any] = {}
         """What each machine's task will return, by the machine; None once it has answered or gone."""
         self._looked_at = float("-inf")
@@ -53,7 +62,7 @@ class Machines:
             wait_s: Longest time to wait for answers; 0: none, and not more often than every few seconds.
 
         Raises:
-            ConfigError: If a machine lacks something; names machine, Python and packages, of all such machines.
+            ConfigError: If a machine lacks packages, or does not see the workspace; names all such machines.
         """
         if not self._workers or (not wait_s and time.monotonic() - self._looked_at < _EVERY_S):
             return
@@ -61,20 +70,29 @@ class Machines:
         for node in ray.nodes():
             if node["NodeID"] not in self._asked and self._may_work(node):
                 there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                self._asked[node["NodeID"]] = _look.options(scheduling_strategy=there).remote()
+                file = self._file if self._workspace.is_local else ""
+                self._asked[node["NodeID"]] = _look.options(scheduling_strategy=there).remote(file, _SHOWS_WITHIN_S)
         waiting = {task: machine for machine, task in self._asked.items() if task is not None}
         answered, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=wait_s) if waiting else ([], [])
-        complaints = list[str]()
+        complaints, elsewhere = list[str](), list[str]()
         for task in answered:
             self._asked[waiting[task]] = None
             try:
-                complaints += filter(None, [ray.get(task)])
+                lack, name = ray.get(task)
             except ray.exceptions.RayError:  # the machine has gone, or gives up its task: its work will tell
                 continue
+            complaints += filter(None, [lack])
+            elsewhere += filter(None, [name])
         if complaints:
             raise ConfigError(
                 f"{'; '.join(sorted(complaints))}: no step can run there; start the cluster's machines from an "
                 "environment with unclip's dependencies, as the setup_commands of cluster.yaml and the Dockerfile do"
+            )
+        if elsewhere:
+            raise ConfigError(
+                f"{', '.join(sorted(elsewhere))}: {self._workspace.root} is another folder there than here, and every "
+                'machine must share the workspace: name a bucket (workspace = "s3://BUCKET/PREFIX"), or a folder of a '
+                "shared file system"
             )
 
     def _may_work(self, node: dict[str, Any]) -> bool:
@@ -82,5 +100,11 @@ class Machines:
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def _look() -> str:
-    return complaint()
+def _look(file: str, wait_s: float) -> tuple[str, str]:
+    """What this machine's packages lack, and its name if it does not see a file of the workspace; each may be empty."""
+    deadline = time.monotonic() + wait_s
+    while file and not os.access(file, os.R_OK):
+        if time.monotonic() > deadline:
+            return complaint(), platform.node()
+        time.sleep(0.5)
+    return complaint(), ""

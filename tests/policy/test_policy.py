@@ -88,6 +88,24 @@ def test_commands_of_the_pages_exist() -> None:
     assert used <= {name for commands in COMMANDS.values() for name in commands}
 
 
+def test_the_commands_for_a_cluster_name_what_comes_first_and_a_workspace_that_machines_share() -> None:
+    block = (ROOT / "README.md").read_text().partition("### On a cluster")[2].split("```")[1].splitlines()
+    assert [line.split()[:2] for line in block if line.startswith(("ray get", "deploy/", "ray up"))] == [
+        ["ray", "get-auth-token"],
+        ["deploy/aws-roles.sh", "BUCKET"],
+        ["ray", "up"],
+    ]
+    [submit] = [line for line in block if line.startswith("unclip submit")]
+    assert "--set workspace=s3://BUCKET/" in submit
+
+
+def test_no_exit_code_is_answered_with_the_advice_to_remove_something() -> None:
+    rows = re.findall(r"^\| (\d+) \|.*", (ROOT / "docs/operations.md").read_text(), re.MULTILINE)
+    assert rows == ["2", "3", "4", "5", "130"]
+    text = (ROOT / "docs/operations.md").read_text().partition("| exit code |")[2].partition("\n\n")[0]
+    assert not re.search("remove|delete", text)
+
+
 def test_links_of_the_pages_lead_to_files() -> None:
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text())
