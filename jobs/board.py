@@ -11,6 +11,7 @@ from typing import TextIO
 
 from pipeline.errors import DataError
 from pipeline.workspace.manifest import parse_record
+from pipeline.workspace.progress import clock_time
 
 _NAME_COLUMNS = 17
 _INDENT = " " * 8
@@ -34,7 +35,7 @@ class Board:
     def lines(self) -> list[str]:
         """The table for people."""
         rest = f"{self.rest}; " if self.rest else ""
-        head = f"{clock(self.elapsed_s)}  run: {rest}{self.num_done} of {self.num_steps} steps done"
+        head = f"{clock_time(self.elapsed_s):>6}  run: {rest}{self.num_done} of {self.num_steps} steps done"
         rows = [f"{_INDENT}{name:<{_NAME_COLUMNS}} {reading}" for name, reading in self.running]
         waiting = [f"{_INDENT}{'next':<{_NAME_COLUMNS}} {', '.join(self.waiting)}"] if self.waiting else []
         return [head, *rows, *waiting]
@@ -54,11 +55,6 @@ class Board:
             return parse_record(Board, json.loads(text))
         except ValueError as error:
             raise DataError(f"no table of a run: {error}") from None
-
-
-def clock(seconds: float) -> str:
-    """Minutes and seconds, as they stand before each line of a run."""
-    return f"{int(seconds) // 60:3d}:{int(seconds) % 60:02d}"
 
 
 class LiveLines:

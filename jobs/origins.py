@@ -11,7 +11,7 @@ from jobs.options import AsJson, Next, Overrides, print_json, print_warning, rec
 from pipeline.errors import ConfigError, UnclipError
 from pipeline.recipe.lineage import Lineage, Node, mermaid, trace
 from pipeline.recipe.recipe import load_recipe
-from pipeline.workspace.progress import duration
+from pipeline.workspace.progress import byte_size, duration
 from pipeline.workspace.store import Workspace
 
 if TYPE_CHECKING:
@@ -114,11 +114,11 @@ def gc(
         return ()
     for one in garbage:
         state = "" if one.is_finished else "  unfinished"
-        typer.echo(f"{one.step:<17} {one.key}  {_size(one.num_bytes):>9}{state}")
+        typer.echo(f"{one.step:<17} {one.key}  {byte_size(one.num_bytes):>9}{state}")
     for one in others:
         typer.echo(f"{one.step:<17} {one.key}  stays: {one.why}")
     verdict = "removed" if delete else "not needed"
-    typer.echo(f"{len(garbage)} artifacts, {_size(total)}: {verdict}")
+    typer.echo(f"{len(garbage)} artifacts, {byte_size(total)}: {verdict}")
     if garbage and not delete:
         words = shlex.join(recipes) if len(recipes) > 1 else recipe_words(recipes[0], overrides)
         return (f"unclip gc {words} --delete",)
@@ -167,11 +167,3 @@ def _details(node: Node) -> dict[str, str]:
         "weights": node.weights and f"SHA-256 {node.weights}",
     }
     return {name: value for name, value in details.items() if value}
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.1f} TB"

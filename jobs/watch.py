@@ -9,12 +9,12 @@ from typing import Any, Self, TextIO
 
 import typer
 
-from jobs.board import Board, LiveLines, clock
+from jobs.board import Board, LiveLines
 from pipeline.errors import DataError
 from pipeline.recipe.estimate import Remaining
 from pipeline.recipe.plan import Step, StepStatus
 from pipeline.workspace.manifest import Manifest
-from pipeline.workspace.progress import ProgressState, duration
+from pipeline.workspace.progress import ProgressState, clock_time, duration
 
 _EVERY_S = 15.0
 _DRAW_S = 0.5
@@ -113,7 +113,7 @@ class Watcher:
 
     def _print(self, text: str) -> None:
         self._lines.clear()
-        typer.echo(f"{clock(time.monotonic() - self._start)}  {text}", err=True)
+        typer.echo(f"{clock_time(time.monotonic() - self._start):>6}  {text}", err=True)
         if self._states:
             self._draw()
 

@@ -1,5 +1,6 @@
 """The report: one self-contained HTML page of a recipe's results so far, and the same numbers as text."""
 
+import functools
 import hashlib
 import json
 import platform
@@ -30,6 +31,7 @@ from pipeline.report.tables import (
 )
 from pipeline.workspace.disk import translate_os_errors
 from pipeline.workspace.manifest import content_of
+from pipeline.workspace.progress import byte_size, duration
 from pipeline.workspace.store import Workspace
 
 Json = dict[str, Any]
@@ -185,21 +187,11 @@ def next_commands(recipe: Recipe, recipe_file: str, prompt: str, done: set[str])
     ]
 
 
-def duration(seconds: float) -> str:
-    """Seconds for people: 4.2 s, 3 min 05 s, 2 h 10 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
 def short_count(count: float) -> str:
     """A count for people: 950, 1.8M, 3.5B."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f}{unit}"
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.1f}{unit}"
     return f"{count:.0f}"
 
 
@@ -253,18 +245,14 @@ def _share(share: float) -> str:
     return f"{100 * min(max(share, 0.0), 1.0):.2f}%"
 
 
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:,.1f} MiB"
-
-
 _FILTERS: dict[str, Any] = {
     "percent": _percent,
     "points": _points,
     "whole": _whole,
     "share": _share,
-    "duration": duration,
+    "duration": functools.partial(duration, exact=True),
     "short": short_count,
-    "size": _size,
+    "size": byte_size,
 }
 
 
@@ -283,7 +271,7 @@ def _facts(done: Done, training: list[Json]) -> list[tuple[str, str]]:
     facts: list[tuple[str, str]] = []
     times = sections.times_of(done)
     if times:
-        facts.append((duration(times["total_s"]), "from an empty folder"))
+        facts.append((duration(times["total_s"], exact=True), "from an empty folder"))
     if "download" in done:
         facts.append((f"{done['download'].manifest.counts.get('ok', 0):,}", "pictures"))
     parameters = sum(network["num_parameters"] for network in training)

@@ -12,6 +12,7 @@ from pipeline.networks.costs import build_clip
 from pipeline.recipe.recipe import Recipe, TrainedSection
 from pipeline.recipe.train_sections import TrainResources
 from pipeline.train.memory import USABLE, WorkerMemory, count_memory
+from pipeline.workspace.progress import byte_size
 
 
 def recipe_memory(recipe: Recipe) -> list[WorkerMemory]:
@@ -66,9 +67,8 @@ def advice(memory: WorkerMemory, recipe: Recipe) -> str:
         if count(proposed).fits:
             return "resources: " + " and ".join(changes)
     if memory.state > USABLE * memory.gpu:
-        return (
-            f"its state alone is larger; a GPU of {_gb(memory.state / USABLE)} and more, or more workers that divide it"
-        )
+        least = byte_size(memory.state / USABLE)
+        return f"its state alone is larger; a GPU of {least} and more, or more workers that divide it"
     return "a larger GPU: not even one sample has room" if _can_divide(section) else "more workers or a smaller batch"
 
 
@@ -120,7 +120,7 @@ def format_memory(memories: list[WorkerMemory], recipe: Recipe) -> str:
     for memory in memories:
         if not memory.fits:
             lines.append(
-                f"{memory.name} does not fit: {_gb(memory.total)} of {_gb(USABLE * memory.gpu)}; "
+                f"{memory.name} does not fit: {byte_size(memory.total)} of {byte_size(USABLE * memory.gpu)}; "
                 f"what would make it fit: {advice(memory, recipe)}"
             )
     return "\n".join(lines)
@@ -130,9 +130,5 @@ def _cells(memory: WorkerMemory) -> tuple[str, ...]:
     gradients = memory.gradients + memory.buckets
     frozen = memory.gathered + memory.clip
     parts = (memory.weights, gradients, memory.optimizer, memory.average, frozen, memory.work, memory.total)
-    gpu = _gb(memory.gpu) if memory.gpu else "not named"
-    return (memory.name, str(memory.samples), *map(_gb, parts), gpu)
-
-
-def _gb(count: float) -> str:
-    return f"{count / 1e9:,.3g} GB" if count >= 1e7 else f"{count / 1e6:,.3g} MB"
+    gpu = byte_size(memory.gpu) if memory.gpu else "not named"
+    return (memory.name, str(memory.samples), *map(byte_size, parts), gpu)

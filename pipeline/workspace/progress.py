@@ -159,8 +159,16 @@ def last_error(artifact: Artifact) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-def duration(seconds: float) -> str:
-    """Seconds in words: 42 s, 7 min, 2 h 05 min."""
+def duration(seconds: float, *, exact: bool = False) -> str:
+    """Seconds in words: 42 s, 7 min, 2 h 05 min.
+
+    Args:
+        seconds: The time.
+        exact: As measured, not as expected: 4.2 s, 7 min 05 s.
+    """
+    if exact and seconds < 3600:
+        minutes, rest = divmod(round(seconds), 60)
+        return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -170,3 +178,12 @@ def duration(seconds: float) -> str:
 def clock_time(seconds: float) -> str:
     """Minutes and seconds since the start of a run: 7:05."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def byte_size(num_bytes: float) -> str:
+    """Bytes in words, with three digits and units of a thousand: 950 B, 12.3 MB, 1.5 TB."""
+    units = ["B", "KB", "MB", "GB", "TB"]
+    while num_bytes >= 999.5 and len(units) > 1:
+        num_bytes /= 1000
+        del units[0]
+    return f"{num_bytes:,.0f} {units[0]}" if num_bytes >= 999.5 else f"{num_bytes:.3g} {units[0]}"

@@ -16,7 +16,7 @@ from pipeline.pictures import to_png
 from pipeline.recipe.pairs_sections import PairsConfig, PairsList
 from pipeline.recipe.plan import artifact_of, make_plan, manifest_of
 from pipeline.recipe.recipe import Recipe
-from pipeline.report.report import duration, format_metrics, short_count, write_report
+from pipeline.report.report import format_metrics, short_count, write_report
 from pipeline.report.sections import Finished, covered_s, download_of, num_parameters, recipe_changes
 from pipeline.report.tables import measure_rows, quality_groups, tiles_of
 from pipeline.shapes.captions import canonical_caption
@@ -277,13 +277,6 @@ def test_num_parameters_reads_the_header_alone(tmp_path: Path) -> None:
     artifact.write_bytes("model.safetensors", len(data).to_bytes(8, "little") + data)
     assert num_parameters(artifact) == 16
     assert num_parameters(Artifact(str(tmp_path / "none"))) == 0
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(4.24, "4.2 s"), (42.4, "42 s"), (185, "3 min 05 s"), (7845, "2 h 10 min")]
-)
-def test_duration_for_people(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
 
 
 def test_counts_for_people() -> None:

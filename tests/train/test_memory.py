@@ -16,6 +16,7 @@ from pipeline.train.fitting import advice, format_memory, memory_of, recipe_memo
 from pipeline.train.loop import make_step
 from pipeline.train.memory import USABLE, GpuAutocast, LiveBytes, WorkerMemory, count_memory
 from pipeline.train.state import create_state
+from pipeline.workspace.progress import byte_size
 from pipeline.workspace.store import Artifact
 from tests.tiny.command import ROOT
 from tests.tiny.training import tiny_inputs, tiny_job, training_recipe
@@ -197,7 +198,7 @@ def test_a_training_that_does_not_fit_is_told_what_would_make_it_fit() -> None:
         assert memory.fits == (expected is None)
         last_line = format_memory([memory], recipe).splitlines()[-1]
         if expected is not None:
-            assert last_line.startswith(f"upsampler_1 does not fit: {whole.total / 1e6:.3g} MB of")
+            assert last_line.startswith(f"upsampler_1 does not fit: {byte_size(whole.total)} of")
             assert f"; what would make it fit: {expected}" in last_line
 
 

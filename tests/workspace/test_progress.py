@@ -3,7 +3,16 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.workspace.progress import ERROR, PROGRESS, Progress, ProgressState, last_error, read_progress
+from pipeline.workspace.progress import (
+    ERROR,
+    PROGRESS,
+    Progress,
+    ProgressState,
+    byte_size,
+    duration,
+    last_error,
+    read_progress,
+)
 from pipeline.workspace.store import Artifact
 from tests.tiny.storage import fail_calls
 
@@ -119,3 +128,24 @@ def test_progress_has_begun_when_it_counts_something(tmp_path: Path) -> None:
     state = read_progress(artifact)
     assert state is not None
     assert state.has_begun
+
+
+@pytest.mark.parametrize(
+    ("seconds", "about", "exactly"),
+    [
+        (4.24, "4 s", "4.2 s"),
+        (42.4, "42 s", "42 s"),
+        (185, "3 min", "3 min 05 s"),
+        (3599.6, "60 min", "60 min 00 s"),
+        (7845, "2 h 11 min", "2 h 11 min"),
+    ],
+)
+def test_a_time_in_words(seconds: float, about: str, exactly: str) -> None:
+    assert (duration(seconds), duration(seconds, exact=True)) == (about, exactly)
+
+
+def test_bytes_in_words_have_three_digits() -> None:
+    counts = (0, 999, 999.5, 12_345, 999_499, 999_500, 1.5e9, 3.25e15)
+    assert [byte_size(count) for count in counts] == [
+        "0 B", "999 B", "1 KB", "12.3 KB", "999 KB", "1 MB", "1.5 GB", "3,250 TB",
+    ]  # fmt: skip
