@@ -56,7 +56,7 @@ class Watch:
         """A step was committed."""
         self.overheads_s[step.name] = time.monotonic() - self._starts[step.name] - manifest.wall_s
 
-    def failed(self, step: Step, lost: Collection[str]) -> None:
+    def failed(self, step: Step, dependents: Collection[str]) -> None:
         """Not looked at: the run raises the step's error."""
 
     def progressed(self, step: Step, state: ProgressState) -> None:

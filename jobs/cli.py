@@ -38,6 +38,8 @@ from pipeline.errors import UnclipError
 _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
 
 _INTERRUPTED = 130
+_CONTINUED = {"run", "evaluate", "append", "compact"}
+"""Commands that go on where they were interrupted, as a search with ``--queries`` does."""
 
 # One line of 80 columns each in `unclip --help`; the whole sentence stands in `unclip COMMAND --help`.
 COMMANDS: dict[str, dict[str, tuple[Callable[..., Next], str]]] = {
@@ -168,7 +170,9 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     if code == _INTERRUPTED:  # typer turns Ctrl-C into this code itself, without a message
-        typer.echo("interrupted; what is finished is kept, run the same command again to continue", err=True)
+        continues = bool(_CONTINUED & {*sys.argv[1:2]}) or "--queries" in sys.argv
+        then = "; what is finished is kept, run the same command again to continue" if continues else ""
+        typer.echo(f"interrupted{then}", err=True)
     sys.exit(code)
 
 

@@ -16,7 +16,9 @@ Overrides = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same pictures.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a script.")]
-Until = Annotated[str, typer.Option("--until", metavar="STEP", help="Stop after this step and what it needs.")]
+Until = Annotated[
+    str, typer.Option("--until", metavar="STEP", help="Run this step and what it needs, nothing after it.")
+]
 RayAddress = Annotated[
     str, typer.Option("--address", help="Ray cluster to join, for example auto; default: a new one on this machine.")
 ]

@@ -83,7 +83,7 @@ def gc(
 ) -> Next:
     """List the artifacts of a workspace that none of these recipes needs; with --delete, remove them.
 
-    What the last run of each recipe has made stays, too, although it was run with other --set.
+    What the last run of each recipe made stays too, even if that run had other --set.
 
     Example: unclip gc my.toml other.toml
     """
@@ -101,8 +101,8 @@ def gc(
         runs = last_runs(workspace, loaded)
         garbage, others = find_garbage(workspace, [*loaded, *(run.recipe for run in runs)])
         if delete:
-            garbage, begun = remove_garbage(workspace, garbage, lock.check)
-            others += begun
+            garbage, partial = remove_garbage(workspace, garbage, lock.check)
+            others += partial
     for run in runs:
         print_warning(f"{_describe_run(run)}; what that run made stays")
     total = sum(one.num_bytes for one in garbage)

@@ -84,10 +84,10 @@ class Watcher:
         counts = ", ".join(f"{value} {name}" for name, value in manifest.counts.items())
         self._print(f"{step.name}: done in {manifest.wall_s:.1f} s" + (f" ({counts})" if counts else ""))
 
-    def failed(self, step: Step, lost: Collection[str]) -> None:
-        """A step failed, and the waiting steps ``lost`` are not run; why is said elsewhere."""
+    def failed(self, step: Step, dependents: Collection[str]) -> None:
+        """A step failed, and the waiting steps ``dependents`` are not run; why is said elsewhere."""
         self._states.pop(step.name, None)
-        self._waiting = [name for name in self._waiting if name not in lost]
+        self._waiting = [name for name in self._waiting if name not in dependents]
 
     def warned(self, message: str) -> None:
         """Something went wrong that does not stop the run."""

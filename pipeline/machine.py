@@ -39,7 +39,7 @@ def free_memory_bytes() -> int:
 
 
 def num_oom_kills() -> int:
-    """Processes that the kernel has ended so far for want of memory; 0 where nobody counts them.
+    """Processes that the kernel has ended so far because memory ran out; 0 where nobody counts them.
 
     They are those of this process's group; only where groups do not count them, those of the whole machine, whoever
     started them.

@@ -320,7 +320,7 @@ class _Reader:
             if "" in page.folders:
                 where = f"{self._tree.place(folder).rstrip('/')}//"
                 self._reading.malformed(0, "a folder without a name is left out: rename what is in it", where)
-            self._count_lost(folder, page.lost)
+            self._count_lost(folder, page.dead_links)
             yield waiting.add(page.files)
         yield waiting.rest()
 

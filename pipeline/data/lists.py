@@ -64,9 +64,9 @@ def list_files(path: str) -> list[UserFile]:
         DataError: If there is none of a known format, or if they are of several formats, or if one is lost: a link
             that leads to no file.
     """
-    lost = list[str]()
-    files = find_files(path, lost)
-    require_parts(path, [name for name in lost if format_of(name) in FORMATS])
+    dead_links = list[str]()
+    files = find_files(path, dead_links)
+    require_parts(path, [name for name in dead_links if format_of(name) in FORMATS])
     if not files:
         raise DataError(f"{path}: no such list")
     readable = [file for file in files if format_of(file.uri) in FORMATS]
@@ -81,15 +81,15 @@ def list_files(path: str) -> list[UserFile]:
     return readable
 
 
-def require_parts(path: str, lost: Sequence[str]) -> None:
+def require_parts(path: str, dead_links: Sequence[str]) -> None:
     """Refuse a list without some of its parts.
 
     Raises:
-        DataError: If there are ``lost`` ones: links that lead to no file.
+        DataError: If there are any ``dead_links``: links that lead to no file.
     """
-    if lost:
+    if dead_links:
         raise DataError(
-            f"{path}: {len(lost)} of its files are links that lead to no file, such as {lost[0]}: "
+            f"{path}: {len(dead_links)} of its files are links that lead to no file, such as {dead_links[0]}: "
             "mend these links, or remove them"
         )
 

@@ -137,8 +137,8 @@ class PairsMaker:
         """Rows of each list by outcome, as those of all lists together."""
         lists = [Counter[str]() for _ in self._source.config.lists]
         for number, reading, part in zip(self._lists, readings, parts, strict=True):
-            left_out = {name: count for name, count in reading.counts.items() if name != "ok"}
-            lists[number].update(left_out | {"ok": part["ok"], "duplicate": part["duplicate"]})
+            failures = {name: count for name, count in reading.counts.items() if name != "ok"}
+            lists[number].update(failures | {"ok": part["ok"], "duplicate": part["duplicate"]})
         return [dict(counts) for counts in lists]
 
     def _read(self, name: str, on_rows: OnRows) -> dict[str, int]:

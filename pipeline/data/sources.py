@@ -33,7 +33,7 @@ class Source:
     seed: int = 0
     """The recipe's seed."""
     extra_columns: tuple[str, ...] = ()
-    """Columns of a list that are kept besides URL and caption."""
+    """Columns of a list that are kept beside URL and caption."""
     context_length: int = 0
     """Tokens of a caption that CLIP reads; 0: captions are not measured."""
 

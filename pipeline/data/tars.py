@@ -100,9 +100,9 @@ def tar_files(path: str) -> list[UserFile]:
     Raises:
         DataError: If there is none, or if one is lost: a link that leads to no file.
     """
-    lost = list[str]()
-    files = [file for file in find_files(path, lost) if file.uri.endswith(".tar")]
-    require_parts(path, [name for name in lost if name.endswith(".tar")])
+    dead_links = list[str]()
+    files = [file for file in find_files(path, dead_links) if file.uri.endswith(".tar")]
+    require_parts(path, [name for name in dead_links if name.endswith(".tar")])
     if not files:
         raise DataError(f"{path}: no shards (*.tar) in it or below it")
     return files

@@ -163,7 +163,7 @@ class DownloadConfig(StepSection):
     hash_column: str = ""
     """Column with the checksum that the file must have: MD5, SHA-256 or SHA-512 (img2dataset: verify_hash)."""
     extra_columns: tuple[str, ...] = ()
-    """Columns of the list that are copied into the shards, besides uid and split; no other column is read."""
+    """Columns of the list that are copied into the shards, beside uid and split; no other column is read."""
     user_agent_token: str = "unclip"
     """Name of the user agent, by which hosts and their robots.txt identify the client."""
     contact: str = ""

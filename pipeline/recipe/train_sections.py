@@ -164,7 +164,7 @@ class TrainResources:
     """Newest checkpoints kept while training. A damaged one is passed over for the one before, so two are better."""
     keep_best: str = ""
     """A measure of the validation, such as val_loss or val_cos_z_image: while training, the best checkpoint by it is
-    kept besides the newest, of a loss the lowest, of others the highest; empty: none."""
+    kept beside the newest, of a loss the lowest, of others the highest; empty: none."""
     validation: Literal["auto", "in_line", "beside"] = "auto"
     """Who computes loss and measures of each checkpoint on validation rows: in_line, the first worker, for whom the
     others wait; beside, another process on CPUs or a GPU that are free at that moment, on one machine with the workers'

@@ -318,15 +318,15 @@ class SegmentBuild:
         kinds.set_threads(self.num_threads)
         return index
 
-    def _graph_without(self, names: Sequence[str], modality: Modality, left_out: Ids) -> kinds.Searcher:
+    def _graph_without(self, names: Sequence[str], modality: Modality, queries: Ids) -> kinds.Searcher:
         """A graph of all rows but a few.
 
         The queries are rows, and a graph leads to the neighbours of its own nodes sooner than to those of a new query.
         """
         parts = [self._load(name, f"{modality}.vectors") for name in names]
         starts = np.cumsum([0, *map(len, parts)])
-        others = np.setdiff1d(np.arange(starts[-1]), left_out)
-        if len(others) < len(left_out):  # hardly any other rows: a graph of them would say nothing
+        others = np.setdiff1d(np.arange(starts[-1]), queries)
+        if len(others) < len(queries):  # hardly any other rows: a graph of them would say nothing
             others = np.arange(starts[-1])
         cuts = np.searchsorted(others, starts)
         rows = [
@@ -383,8 +383,8 @@ def kinds_to_try(config: IndexConfig, num_rows: int, embed_dim: int) -> list[kin
     """The kinds that are built and measured, of which the fastest is kept; one bit a feature if nothing fits."""
     if config.kind != "auto":
         return [config.kind]
-    left_out = kinds_left_out(config, num_rows, embed_dim)
-    return [kind for kind in kinds.KINDS if kind not in left_out] or ["ivf_rabitq"]
+    reasons = kinds_left_out(config, num_rows, embed_dim)
+    return [kind for kind in kinds.KINDS if kind not in reasons] or ["ivf_rabitq"]
 
 
 def kinds_left_out(config: IndexConfig, num_rows: int, embed_dim: int) -> dict[kinds.Kind, str]:
@@ -394,16 +394,16 @@ def kinds_left_out(config: IndexConfig, num_rows: int, embed_dim: int) -> dict[k
     if num_rows < _FLAT_BELOW_ROWS:
         reason = f"fewer than {_FLAT_BELOW_ROWS:,} rows are compared one by one faster than anything else is searched"
         return {kind: reason for kind in kinds.KINDS if kind != "flat"}
-    left_out: dict[kinds.Kind, str] = {}
+    reasons: dict[kinds.Kind, str] = {}
     if num_rows > _FLAT_UP_TO_ROWS:
-        left_out["flat"] = f"more than {_FLAT_UP_TO_ROWS:,} rows take longer to compare one by one than lists to visit"
+        reasons["flat"] = f"more than {_FLAT_UP_TO_ROWS:,} rows take longer to compare one by one than lists to visit"
     if num_rows > _GRAPH_UP_TO_ROWS:
-        left_out["hnsw"] = f"a graph of more than {_GRAPH_UP_TO_ROWS:,} rows takes too long to build"
+        reasons["hnsw"] = f"a graph of more than {_GRAPH_UP_TO_ROWS:,} rows takes too long to build"
     for kind in kinds.KINDS:
         memory_gb = num_rows * kinds.row_bytes(kind, embed_dim) / 1e9
-        if kind not in left_out and memory_gb > config.memory_gb:
-            left_out[kind] = f"it takes {memory_gb:.1f} GB; index.memory_gb is {config.memory_gb:g}"
-    return left_out
+        if kind not in reasons and memory_gb > config.memory_gb:
+            reasons[kind] = f"it takes {memory_gb:.1f} GB; index.memory_gb is {config.memory_gb:g}"
+    return reasons
 
 
 def choose_num_lists(config: IndexConfig, num_rows: int) -> int:

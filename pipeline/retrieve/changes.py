@@ -327,8 +327,8 @@ def remove_earlier_versions(index: Artifact) -> None:
 
 def _remove_old_files(index: Artifact, *, num_kept: int = 2) -> None:
     """Remove what neither the newest version nor the one before it names."""
-    kept = read_versions(index)[-num_kept:]
-    segments, others = {name for one in kept for name in one.segments}, {one.deleted for one in kept}
+    versions = read_versions(index)[-num_kept:]
+    segments, others = {name for one in versions for name in one.segments}, {one.deleted for one in versions}
     old = list[str]()
     for name in index.names():
         segment = _SEGMENT.match(name)

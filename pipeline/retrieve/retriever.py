@@ -195,8 +195,8 @@ class Retriever:
             own: list[int] = np.flatnonzero(sources == source).tolist()
             columns = self._columns(of_index[source].uri)
             present = [name for name in stored if name in columns.fields]
-            taken = columns.take([shards[place] for place in own], [keys[place] for place in own], present)
-            typed = {name: as_type(taken[name], self.fields[name]) for name in present}
+            source_rows = columns.take([shards[place] for place in own], [keys[place] for place in own], present)
+            typed = {name: as_type(source_rows[name], self.fields[name]) for name in present}
             missing = {name: pa.nulls(len(own), self.fields[name]) for name in stored if name not in typed}
             parts.append(pa.table({name: missing[name] if name in missing else typed[name] for name in stored}))
             places += own
@@ -236,7 +236,7 @@ class Retriever:
 
         Vectors are read in blocks until there are K: those of a million candidates are gigabytes.
         """
-        kept: list[int] = []
+        places: list[int] = []
         vectors = np.empty((0, self.index.embed_dim), np.float32)  # of the kept rows
         for start in range(0, len(ids), _DISTINCT_ROWS):
             block = self.index.vectors(ids[start : start + _DISTINCT_ROWS])
@@ -245,12 +245,12 @@ class Retriever:
             for row in np.flatnonzero(is_new).tolist():
                 if similarities[row, own].max(initial=-np.inf) < limit:
                     own.append(row)
-            own = own[: k - len(kept)]
-            kept += [start + row for row in own]
-            if len(kept) == k:
+            own = own[: k - len(places)]
+            places += [start + row for row in own]
+            if len(places) == k:
                 break
             vectors = np.concatenate([vectors, block[own]])
-        return kept
+        return places
 
 
 def _pictures_of(embed: str) -> StoredPictures:

@@ -76,11 +76,11 @@ class RowFilter:
         """
         numbered = rows.select(self.columns).append_column("", pa.array(range(rows.num_rows)))
         try:
-            kept = numbered.filter(self.expression)
+            matches = numbered.filter(self.expression)
         except pa.ArrowInvalid as error:
             raise ConfigError(f"--where {self.text!r}: cannot be computed: {error}") from None
         passes = [False] * rows.num_rows
-        for place in kept.column("").to_pylist():
+        for place in matches.column("").to_pylist():
             passes[place] = True
         return passes
 

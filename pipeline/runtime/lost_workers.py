@@ -34,7 +34,7 @@ class Place:
     machine: str
     """Ray's id."""
     oom_kills: int
-    """Processes of the worker's container, job or machine that the kernel has ended so far for want of memory."""
+    """Processes of the worker's container, job or machine that the kernel has ended so far because memory ran out."""
 
 
 def here() -> Place:
@@ -74,7 +74,7 @@ def end_of(context: StepContext, error: Exception, before: Collection[str]) -> E
         return End("preempted", f"a machine was lost ({cause})")
     died = [rank for rank, failure in failures.items() if isinstance(failure, ray.exceptions.RayError)]
     if any(answers[place.machine].oom_kills > place.oom_kills for rank, place in enumerate(places) if rank in died):
-        words = "a worker was killed, and the kernel has ended a process there for want of memory"
+        words = "a worker was killed, and the kernel has ended a process there because memory ran out"
         return out_of_memory(section, num_workers, words, is_own=False)
     return End("failed", f"a worker failed ({cause})")
 
@@ -87,14 +87,14 @@ def last_line(error: Exception) -> str:
 
 def _answers(machines: Collection[str]) -> dict[str, Place]:
     """What the machines answer, as far as they do, by their ids; waits for the others until Ray misses one of them."""
-    answers, asked = dict[str, Place](), dict[Any, str]()
+    answers, tasks = dict[str, Place](), dict[Any, str]()
     end = time.monotonic() + _LONGEST_LOOK_S
     while True:
-        for machine in set(machines) - answers.keys() - set(asked.values()):
+        for machine in set(machines) - answers.keys() - set(tasks.values()):
             there = NodeAffinitySchedulingStrategy(machine, soft=False)
-            asked[_answer.options(scheduling_strategy=there).remote()] = machine
-        for task in ray.wait(list(asked), num_returns=len(asked), timeout=_LOOK_S)[0]:
-            machine = asked.pop(task)
+            tasks[_answer.options(scheduling_strategy=there).remote()] = machine
+        for task in ray.wait(list(tasks), num_returns=len(tasks), timeout=_LOOK_S)[0]:
+            machine = tasks.pop(task)
             with contextlib.suppress(ray.exceptions.RayError):  # it is asked again
                 answers[machine] = ray.get(task)
         silent = set(machines) - answers.keys()

@@ -1,4 +1,4 @@
-"""Who is told of the events of a run, and the time to go that it is told every few seconds."""
+"""Receives the events of a run, and every few seconds its time to go."""
 
 import dataclasses
 import time
@@ -31,8 +31,8 @@ class Observer(Protocol):
     def finished(self, step: Step, manifest: Manifest) -> None:
         """A step was committed."""
 
-    def failed(self, step: Step, lost: Collection[str]) -> None:
-        """A step failed, and the waiting steps ``lost``, which are made from it, are not run."""
+    def failed(self, step: Step, dependents: Collection[str]) -> None:
+        """A step failed, and the waiting steps ``dependents``, which are made from it, are not run."""
 
     def warned(self, message: str) -> None:
         """Something went wrong that does not stop the run."""

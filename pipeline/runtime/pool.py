@@ -264,13 +264,13 @@ class _Pool:
         if not shards:
             self._end(actor)
 
-    def _handle_loss(self, lost: _Running, reason: str) -> None:
+    def _handle_loss(self, worker: _Running, reason: str) -> None:
         """Replace a worker and put back all that it was making."""
-        host = self.hosts.get(lost.actor, "a machine that it had not reached")
-        self._end(lost.actor)
+        host = self.hosts.get(worker.actor, "a machine that it had not reached")
+        self._end(worker.actor)
         shards = list[str]()
         for reference, running in list(self._running.items()):
-            if running.actor is lost.actor:
+            if running.actor is worker.actor:
                 del self._running[reference]
                 shards += [running.shard] if running.shard else []
                 self._put_back(running.shard or "", reason)

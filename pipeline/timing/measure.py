@@ -47,17 +47,17 @@ def measure(
     """
     names = [name for name in STEP_ROWS if getattr(recipe, name) is not None and name not in finished]
     todo = names if only is None else [name for name in names if name in only]
-    taken = _taken(recipe, todo, finished)
-    _require_machine(recipe, todo, taken)
+    steps = _steps_of(recipe, todo, finished)
+    _require_machine(recipe, todo, steps)
     num_threads = torch.get_num_threads()
     try:
         with tempfile.TemporaryDirectory(prefix="unclip-time-") as folder:
-            return _measure(recipe, Rehearsal(recipe, Path(folder), finished), todo, taken, watch)
+            return _measure(recipe, Rehearsal(recipe, Path(folder), finished), todo, steps, watch)
     finally:
         torch.set_num_threads(num_threads)
 
 
-def _taken(recipe: Recipe, todo: Collection[str], finished: Collection[str]) -> list[str]:
+def _steps_of(recipe: Recipe, todo: Collection[str], finished: Collection[str]) -> list[str]:
     """The steps that a rehearsal takes, each after its inputs: those to measure (not evaluate), and what they read.
 
     A finished network is read as it is. The rows of a finished data step are many, so the rehearsal makes a few itself.
@@ -72,11 +72,11 @@ def _taken(recipe: Recipe, todo: Collection[str], finished: Collection[str]) -> 
     return [name for name in STEP_ROWS if name in names]
 
 
-def _measure(recipe: Recipe, rehearsal: Rehearsal, todo: Collection[str], taken: Sequence[str], watch: Watch) -> Units:
+def _measure(recipe: Recipe, rehearsal: Rehearsal, todo: Collection[str], steps: Sequence[str], watch: Watch) -> Units:
     rows, trainings = dict[str, RowUnits](), dict[str, TrainingUnits]()
     watch("start of a process")
     process_s = start_of_a_process_s()
-    for name in taken:
+    for name in steps:
         watch(name)
         if name in recipe.trained():
             trainings[name] = rehearsal.training(name)
@@ -89,10 +89,10 @@ def _measure(recipe: Recipe, rehearsal: Rehearsal, todo: Collection[str], taken:
     is_import = bool(recipe.embed.import_from)
     units = Units(
         process_s=process_s,
-        num_rows=0 if is_import and "pairs" not in taken else count_pairs(recipe.pairs),
+        num_rows=0 if is_import and "pairs" not in steps else count_pairs(recipe.pairs),
         num_imported=count_rows(Path(recipe.embed.import_from)) if is_import else None,
         success=rehearsal.num_good / rehearsal.num_read if rehearsal.num_read else 1.0,
-        kept=rehearsal.kept,
+        pass_shares=rehearsal.pass_shares,
         rows=rows,
         trainings=trainings,
         evaluation=evaluation,
@@ -117,14 +117,14 @@ def _crowding(recipe: Recipe, rehearsal: Rehearsal, units: Units) -> float:
         return max(1.0, training.step_s() / units.trainings[name].step_s)
 
 
-def _require_machine(recipe: Recipe, todo: Collection[str], taken: Collection[str]) -> None:
+def _require_machine(recipe: Recipe, todo: Collection[str], steps: Collection[str]) -> None:
     """Refuse a recipe that cannot be measured on this machine.
 
     Raises:
-        ConfigError: If it has too few GPUs for a step that is taken, or too few CPUs for one that will run.
+        ConfigError: If it has too few GPUs for one of ``steps``, or too few CPUs for one that will run.
     """
     machine = this_machine()
-    needs = {name: needs_of(getattr(recipe, name)) for name in STEP_ROWS if name in {*todo, *taken}}
+    needs = {name: needs_of(getattr(recipe, name)) for name in STEP_ROWS if name in {*todo, *steps}}
     on_gpu = [name for name, need in needs.items() if need.gpus * need.num_workers > torch.cuda.device_count()]
     if on_gpu:
         raise ConfigError(

@@ -85,8 +85,8 @@ class Rehearsal:
         """Rows of the pairs."""
         self.num_good = 0
         """Rows that the download brought."""
-        self.kept = dict[str, float]()
-        """Share of its rows that a filter has kept, by step."""
+        self.pass_shares = dict[str, float]()
+        """Share of its rows that a filter keeps, by step."""
 
     def artifact(self, name: str) -> Artifact:
         """The artifact of a step: finished, or rehearsed."""
@@ -232,18 +232,18 @@ class Rehearsal:
         with output.write(f"{_SHARD}.parquet") as copy:
             write_embeddings([table], copy, table.schema)
         units = self._label("filter_embeddings", output, measures, clock, start, loaded)
-        self.kept["filter_embeddings"] *= config.clip_score_share
+        self.pass_shares["filter_embeddings"] *= config.clip_score_share
         return units
 
     def _label(
         self, name: str, output: Artifact, measures: pa.Table, clock: Clock, start: float, loaded: float
     ) -> RowUnits:
-        """Write the labels of measured rows; gives the times since ``start`` and ``loaded``, and sets ``kept``."""
+        """Write the labels of measured rows, set ``pass_shares``; returns the times since ``start`` and ``loaded``."""
         with output.write(f"{_SHARD}.arrow") as path:
             write_table(measures, path)
         with output.write(label_file(_SHARD)) as path:
             counts, _ = write_labels(map_table(output.path(f"{_SHARD}.arrow")), (), path, where=name)
-        self.kept[name] = counts.get("ok", 0) / max(1, counts["in"])
+        self.pass_shares[name] = counts.get("ok", 0) / max(1, counts["in"])
         return RowUnits(row_s=(clock.now() - loaded) / max(1, counts["in"]), fixed_s=loaded - start)
 
     def embed(self) -> RowUnits:

@@ -79,7 +79,7 @@ class Units:
     """Rows of embeddings that others made (``embed.import_from``); None: the download's are embedded."""
     success: float = 1.0
     """Share of the rows that the download brings."""
-    kept: Mapping[str, float] = field(default_factory=dict[str, float])
+    pass_shares: Mapping[str, float] = field(default_factory=dict[str, float])
     """Share of its rows that a filter keeps, by step."""
     rows: dict[str, RowUnits] = field(default_factory=dict[str, RowUnits])
     """By data step."""
@@ -95,10 +95,10 @@ class Units:
             return self.num_rows
         inputs, rows = STEP_ROWS[name].inputs, self.num_rows * self.success
         if name != "filter":
-            rows *= self.kept.get("filter", 1.0)
+            rows *= self.pass_shares.get("filter", 1.0)
         if self.num_imported is not None and (name == "embed" or "embed" in inputs):
             rows = self.num_imported
-        return round(rows * self.kept.get("filter_embeddings", 1.0) if "filter_embeddings" in inputs else rows)
+        return round(rows * self.pass_shares.get("filter_embeddings", 1.0) if "filter_embeddings" in inputs else rows)
 
 
 def step_times(recipe: Recipe, units: Units) -> dict[str, StepTime]:

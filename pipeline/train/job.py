@@ -249,11 +249,11 @@ class MetricsLog:
 
     def _flush_if_due(self, step: int) -> None:
         """Publish the rows so often that curves are seen as they happen, and writing takes at most 1 % of the time."""
-        begun = time.monotonic()
-        if begun >= self._due:
+        start = time.monotonic()
+        if start >= self._due:
             self.flush(step)
             now = time.monotonic()
-            self._due = now + max(_FLUSH_S, 100 * (now - begun))
+            self._due = now + max(_FLUSH_S, 100 * (now - start))
 
     def flush(self, step: int) -> None:
         """Publish all rows, with the results of the validations up to a step, whoever computed them."""

@@ -52,9 +52,9 @@ class Speed:
         """The same batches; the time that the loop waits for them is added up."""
         self._read_at = self._clock()
         while True:
-            begun = self._clock()
+            start = self._clock()
             batch = next(batches)
-            self._stalled_s += self._clock() - begun
+            self._stalled_s += self._clock() - start
             yield batch
 
     def read(self, step: int) -> dict[str, float]:
@@ -138,9 +138,9 @@ def measure_peak(device: torch.device, precision: str) -> float:
     quickest = math.inf
     for _ in range(_NUM_PRODUCTS):
         _wait(device, matrix)
-        begun = clock()
+        start = clock()
         _wait(device, matrix @ matrix)
-        quickest = min(quickest, clock() - begun)
+        quickest = min(quickest, clock() - start)
     return 2.0 * side**3 / quickest
 
 

@@ -48,7 +48,7 @@ class LocalEntries:
     """Files."""
     folders: list[str] = field(default_factory=list[str])
     """Sub-folders, without links that lead back: to a folder in which this one lies, by its path or by its links."""
-    lost: list[str] = field(default_factory=list[str])
+    dead_links: list[str] = field(default_factory=list[str])
     """Links that lead to no file and no folder."""
 
 
@@ -79,7 +79,7 @@ def local_entries(root: str, folder: str = "") -> LocalEntries:
         what = "; allow this user to read it, or name other folders" if isinstance(error, PermissionError) else ""
         raise DataError(f"{place}: cannot be read: {error.strerror}{what}") from None
     _follow(links, root, folder, content)
-    for names in (content.files, content.folders, content.lost):
+    for names in (content.files, content.folders, content.dead_links):
         names.sort()
     return content
 
@@ -94,7 +94,7 @@ def _follow(links: list[str], root: str, folder: str, content: LocalEntries) -> 
         if os.path.isfile(link):  # noqa: PTH113  (no error for a link in a circle, and for one that may not be read)
             content.files.append(name)
         elif not os.path.isdir(link):  # noqa: PTH112
-            content.lost.append(name)
+            content.dead_links.append(name)
         else:
             target = os.path.join(os.path.realpath(link), "")  # noqa: PTH118
             if not any(f"{one}/".startswith(target) for one in above):
@@ -120,12 +120,12 @@ def exists(uri: str) -> bool:
     return bool(store.glob(store.path)) if _is_pattern(store) else store.info(store.path) is not None
 
 
-def find_files(uri: str, lost: list[str] | None = None) -> list[UserFile]:
+def find_files(uri: str, dead_links: list[str] | None = None) -> list[UserFile]:
     """The file, or every file at any depth below a folder or of a pattern, sorted by name; hidden ones are left out.
 
     Args:
         uri: Path or URI.
-        lost: Receives local links that lead to no file, which are left out.
+        dead_links: Receives local links that lead to no file, which are left out.
 
     Raises:
         ConfigError: If a package for this kind of store is missing.
@@ -135,8 +135,8 @@ def find_files(uri: str, lost: list[str] | None = None) -> list[UserFile]:
         return sorted(remote_files(uri), key=lambda file: file.uri)
     path = _local(uri)
     names, no_files = _names_at(path)
-    if lost is not None:
-        lost += sorted(no_files)
+    if dead_links is not None:
+        dead_links += sorted(no_files)
     return [UserFile(name, Path(name).stat().st_size, "") for name in sorted(names)]
 
 
@@ -245,11 +245,11 @@ def _names_at(path: str) -> tuple[list[str], list[str]]:
     if not Path(path).is_dir():
         names = _matching(path)
         return [one for one in names if Path(one).is_file()], [one for one in names if not Path(one).exists()]
-    files, lost = list[str](), list[str]()
+    files, dead_links = list[str](), list[str]()
     for folder, entries in _walk(path):
         files += [str(Path(path) / folder / name) for name in entries.files]
-        lost += [str(Path(path) / folder / name) for name in entries.lost]
-    return files, lost
+        dead_links += [str(Path(path) / folder / name) for name in entries.dead_links]
+    return files, dead_links
 
 
 def folder_of(uri: str) -> str:

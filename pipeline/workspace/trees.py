@@ -32,7 +32,7 @@ class Page:
     """Names of its files."""
     folders: list[str]
     """Names of its sub-folders; an empty name is a folder that no disk can have (``//`` in the names of a store)."""
-    lost: list[str] = field(default_factory=list[str])
+    dead_links: list[str] = field(default_factory=list[str])
     """Names of links that lead to no file."""
 
 
@@ -156,19 +156,19 @@ class Tree:
         """
         files, folders = stretch.files(folder), stretch.folders(folder)
         for page in self._pages(folder, stretch):
-            own, lost = (
+            own, dead_links = (
                 [] if files is None else [name for name in names if files[0] <= name < (files[1] or _END)]
-                for names in (page.files, page.lost)
+                for names in (page.files, page.dead_links)
             )
             below = (
                 [] if folders is None else [one for one in page.folders if folders[0] <= one <= (folders[1] or _END)]
             )
-            yield Page(own, below, lost)
+            yield Page(own, below, dead_links)
 
     def _pages(self, folder: str, stretch: Stretch) -> Iterator[Page]:
         if self._store is None:
             entries = local_entries(self.uri, folder)
-            yield Page(entries.files, entries.folders, entries.lost)
+            yield Page(entries.files, entries.folders, entries.dead_links)
             return
         last = ""
         for names in self._listing(self._store, folder, *_names_to_list(folder, stretch), deep=False):

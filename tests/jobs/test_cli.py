@@ -142,6 +142,18 @@ def test_submit_hands_on_its_options_and_keeps_json_apart_from_the_log(monkeypat
     assert done.stdout == "demo-1: submitted to http://127.0.0.1:8265\nthe log at http://127.0.0.1:8265\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "continues"), [(["run", "a.toml"], True), (["search", "--queries", "a.txt"], True), (["plan"], False)]
+)
+def test_an_interrupted_command_says_that_it_continues_if_it_does(
+    words: list[str], continues: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "app", lambda *_, **__: 130)
+    done = unclip_here(*words)
+    assert done.returncode == 130
+    assert ("run the same command again" in done.stderr) == continues
+
+
 def test_a_job_can_be_interrupted_although_its_cluster_ignores_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

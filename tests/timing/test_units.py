@@ -129,7 +129,7 @@ def test_prompts_of_a_file_are_its_lines(tmp_path: Path) -> None:
 )
 def test_steps_get_the_rows_that_come_stay_or_are_imported(num_imported: int | None, rows: dict[str, int]) -> None:
     kept = {"filter": 0.5, "filter_embeddings": 0.5}
-    units = Units(process_s=0.0, num_rows=1000, success=0.8, kept=kept, num_imported=num_imported)
+    units = Units(process_s=0.0, num_rows=1000, success=0.8, pass_shares=kept, num_imported=num_imported)
     assert {name: units.rows_of(name) for name in rows} == rows
 
 

@@ -77,10 +77,10 @@ class Delivery:
         """
         if self._outbox.num_bytes:
             self._ready.wait(_MOST_WAIT_S)
-        begun = time.monotonic()
+        start = time.monotonic()
         self._wake.set()
         while self._outbox.num_bytes and self._threads[0].is_alive():
-            if self._failed_at > begun or time.monotonic() - max(begun, self._delivered_at) > patience_s:
+            if self._failed_at > start or time.monotonic() - max(start, self._delivered_at) > patience_s:
                 break
             time.sleep(0.02)
         self._stop.set()
