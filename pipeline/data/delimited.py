@@ -131,13 +131,13 @@ def _byte_lines(stream: IO[bytes], start: int, stop: int | None) -> Iterator[byt
             position, block = bom, block[bom:]
         lines = (rest + block).split(b"\n")
         rest = lines.pop()
-        if not block and rest:
+        if not block and (rest or long_bytes):  # of a line that is too long, nothing may be left
             lines, rest = [rest], b""
         for line in lines:
             if stop is not None and position >= stop:
                 return
             if not skips:
-                yield None if long_bytes else line + b"\n"
+                yield None if long_bytes + len(line) > _LONGEST_LINE else line + b"\n"
             position += long_bytes + len(line) + 1
             skips, long_bytes = False, 0
         if not block:

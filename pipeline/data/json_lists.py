@@ -25,13 +25,17 @@ _LONGEST_RECORD = 16 << 20
 _DECODER = json.JSONDecoder()
 _PUNCTUATION = re.compile(r'"(?:[^"\\]++|\\.)*+"|["\[\]{},]', re.DOTALL)
 """Whole texts, and what tells where a value ends; a lone quote begins a text that is not here whole."""
-_EDGE = re.compile(r'(?:\A"|\})(?=\s*+,\s*+\{\s*+"\Z)')
-"""The end of a record in what seems to be a text, and goes on to the first name of the next record: a brace, or the
-text's own quote in its place."""
+_EDGE = re.compile(r'(?:\A"|\})(?=\s*+(?:,|\]\s*+(?:,\s*+)?\[)\s*+\{\s*+"\Z)')
+"""The end of a record in what seems to be a text, and goes on to the first name of the next record, of the same list or
+of the next one: a brace, or the text's own quote in its place."""
 _BLANK = re.compile(r"\s*+\Z")
 _LIST_END = re.compile(r"(?:\A|\})\s*+\]\Z")
 """The end of a list, in what is left of its last record behind the first character that is no JSON."""
 _NEXT_RECORD = re.compile(r'[,}\]]\s*+(?:\[\s*+)?\{\s*+"')
+_FIRST_NAME = re.compile(r'\{\s*+"((?:[^"\\]|\\.)*+)"\s*+:', re.DOTALL)
+_IS_CUT = re.compile(r'\{\s*+(?:"(?:[^"\\]|\\.)*+(?:\\|"\s*+)?)?\Z', re.DOTALL)
+"""The beginning of a record whose first name is not here whole."""
+_MOST_NAMES = 1_000
 _NAMED_CHARACTERS = 20
 _SHAPES = 'a list of records, such as [{"url": ..., "caption": ...}]'
 
@@ -145,7 +149,7 @@ def _values(buffer: str, text: _Text) -> Iterator[tuple[int, Any]]:
     Raises:
         DataError: If a list does not end, or something that is no list is behind it.
     """
-    number, place, in_list = 1, 0, False
+    number, place, in_list, names = 1, 0, False, set[str]()
     while True:
         while place < len(buffer) and buffer[place] in " \t\r\n,":
             place += 1
@@ -156,11 +160,14 @@ def _values(buffer: str, text: _Text) -> Iterator[tuple[int, Any]]:
         if mark and not in_list:
             rest = ascii(buffer[place : place + _NAMED_CHARACTERS])
             raise DataError(f"behind record {number - 1} and the end of its list is {rest}, which begins no other list")
-        value, end = _decoded(buffer, place) if mark else (None, 0)
+        value, end, num_others = _decoded(buffer, place, names) if mark else (None, 0, 0)
         is_fault = isinstance(value, Exception)
         # A number at the end of the buffer may go on in the next block, and the last record may take the list's end.
         if place < end < len(buffer) and not (is_fault and _BLANK.match(buffer, end)):
             yield number, value
+            yield from [(number, ValueError("may be a record in one that is not JSON"))] * num_others
+            if isinstance(value, dict) and len(names) < _MOST_NAMES:
+                names.update(cast("Record", value))
             number, place = number + 1, end
             continue
         is_too_long = len(buffer) - place >= _LONGEST_RECORD
@@ -175,45 +182,60 @@ def _values(buffer: str, text: _Text) -> Iterator[tuple[int, Any]]:
         buffer, place = buffer[place:] + block, 0
 
 
-def _decoded(buffer: str, place: int) -> tuple[Any, int]:
-    """A value, or why it cannot be read, and the place behind it; 0 if its end is not in the buffer."""
+def _decoded(buffer: str, place: int, names: set[str]) -> tuple[Any, int, int]:
+    """A value, or why it cannot be read; and what ``_end_of_value`` returns."""
     try:
-        return _DECODER.raw_decode(buffer, place)
+        return *_DECODER.raw_decode(buffer, place), 0
     except json.JSONDecodeError as error:
-        reason = ValueError(f"not JSON ({error.msg}: character {error.pos - place + 1} of the record)")
-        return reason, _end_of_value(buffer, place, error.pos)
+        reason, fault = (
+            ValueError(f"not JSON ({error.msg}: character {error.pos - place + 1} of the record)"),
+            error.pos,
+        )
     except ValueError as error:  # a number of thousands of digits
-        return error, _end_of_value(buffer, place, len(buffer))
+        reason, fault = error, len(buffer)
     except RecursionError:
-        return ValueError("nested too deeply"), _end_of_value(buffer, place, len(buffer))
+        reason, fault = ValueError("nested too deeply"), len(buffer)
+    return reason, *_end_of_value(buffer, place, fault, names)
 
 
-def _end_of_value(buffer: str, place: int, fault: int) -> int:
-    """The place behind a value, without reading it; 0 if its end is not in the buffer.
+def _end_of_value(buffer: str, place: int, fault: int, names: set[str]) -> tuple[int, int]:
+    """The place behind a value, without reading it, 0 if its end is not in the buffer; and what may be records in it.
 
     Args:
         buffer: The text.
         place: Where the value begins.
         fault: The first character that is no JSON; the length of the buffer if there is none. The quotes before it are
             those of texts. If one is missing behind it, or one too many, a text seems to begin at a record's end, and
-            to go on to the next record's first name: the value ends there. If a brace stands in the place of a
-            name, the value's own brace is missing, and the next record begins.
+            to go on to the next record's first name: the value ends there. If a record begins in the place of a name,
+            a bracket of the value is missing, or one is too many: the value ends there, too.
+        names: Names of fields of the records before. Without them, a record begins with the first name of this value.
     """
-    depth = 0
+    names = names or {match.group(1) for match in [_FIRST_NAME.match(buffer, place)] if match}
+    opened, num_others, behind_comma = list[str](), 0, len(buffer)
     for match in _PUNCTUATION.finditer(buffer, place):
-        mark = match.group()
+        mark, start = match.group(), match.start()
         if mark == '"':
-            return 0
-        if mark == "{" and match.start() == fault and depth == 1 and buffer[place:fault].rstrip().endswith(","):
-            return fault
+            break
         if fault <= match.end() and fault < len(buffer) and (edge := _EDGE.search(mark)):
-            return match.start() + edge.end()
-        if not depth and mark in {",", "]", "}"}:  # behind a bare number, or one } too many
-            return max(match.start(), place + 1)
-        depth += (mark in {"[", "{"}) - (mark in {"]", "}"})
-        if not depth and mark in {"]", "}"}:
-            return match.end()
-    return 0
+            return start + edge.end(), num_others
+        is_at_fault = start >= fault and (opened == ["["] or opened[-1:] == ["{"])
+        if mark == "{" and is_at_fault and _BLANK.fullmatch(buffer, behind_comma, start):
+            name = _FIRST_NAME.match(buffer, start)
+            if name is None and _IS_CUT.match(buffer, start):
+                break
+            if name is not None and name.group(1) in names:
+                return start, num_others
+            num_others += name is not None
+        if not opened and mark in {",", "]", "}"}:  # behind a bare number, or one } too many
+            return max(start, place + 1), num_others
+        if mark in {"[", "{"}:
+            opened.append(mark)
+        elif mark in {"]", "}"}:
+            opened.pop()
+            if not opened:
+                return match.end(), num_others
+        behind_comma = match.end() if mark == "," else len(buffer)
+    return 0, 0
 
 
 def _is_last_record(rest: str) -> bool:

@@ -121,6 +121,87 @@ def test_a_record_without_its_last_brace_ends_where_the_next_one_begins(
     assert reading.counts["malformed"] == 1
 
 
+_BRACKET_FAULTS = [
+    '{"url": "http://a/2", "caption": "c",["w": 3}',
+    '{"url": "http://a/2", "caption":{"c", "w": 3}',
+    '{"url": ["http://a/2", "caption": "c"}',
+    '{"url": "http://a/2", "caption": "c"[, "w": 3}',
+    '{"url": "http://a/2", "caption": "c", "w": 3:',
+    '{"url": "http://a/2", "caption": "c"{',
+    '{"url": "http://a/2", "caption": "c"',
+    '{"url": "http://a/2", "n": [{"x": 1}, {"y": [2]}, "caption": "c"}',
+    '{"url": "http://a/2", "n": {"x": [1}, "caption": "{\\"url\\": [", "w": 3}',
+]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("record", _BRACKET_FAULTS)
+@pytest.mark.parametrize("block", [1 << 20, 50, 17])
+def test_a_bracket_too_many_or_too_few_costs_its_record_alone(
+    record: str, place: int, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.data.json_lists._BLOCK_BYTES", block)
+    texts = [json.dumps({"url": f"http://a/{number}", "caption": "c", "n": [{"x": 1}]}) for number in range(3)]
+    texts.insert(place, record)
+    (tmp_path / "list.json").write_text(f"[{', '.join(texts)}]")
+    pairs, reading = _rows(tmp_path / "list.json")
+    assert pairs == [(f"http://a/{number}", "c") for number in range(3)]
+    assert reading.counts["malformed"] == 1
+
+
+def test_what_may_be_a_record_in_a_damaged_one_is_counted_too(tmp_path: Path) -> None:
+    others = ['{"n": [{"x": 1}}, {"y": 2}], "url": "http://a/1"}', '{"url": "http://a/2", "caption": "c"}']
+    (tmp_path / "list.json").write_text(f'[{{"url": "http://a/0", "caption": "c"}}, {", ".join(others)}]')
+    pairs, reading = _rows(tmp_path / "list.json")
+    assert [url for url, _ in pairs] == ["http://a/0", "http://a/2"]
+    assert "list.json:2: may be a record in one that is not JSON" in name_examples([reading])[1]
+
+
+def test_a_quote_too_many_at_the_end_of_a_list_costs_none_of_the_next_one(tmp_path: Path) -> None:
+    lists = ['{"url": "http://a/0", "caption": "c""}', '{"url": "http://a/1", "caption": "c"}']
+    (tmp_path / "list.json").write_text("\n".join(f"[{one}]" for one in lists))
+    pairs, reading = _rows(tmp_path / "list.json")
+    assert pairs == [("http://a/1", "c")]
+    assert reading.counts["malformed"] == 1
+
+
+_RECORDS = st.lists(
+    st.fixed_dictionaries(
+        {"url": st.uuids().map(str)},
+        optional={
+            "caption": _TEXT | st.sampled_from(['a "b" c', "[1]", "set, {", "x\\"]),
+            "n": st.just([{"x": 1}, {"y": [2]}, {}]),
+            "thumbs": st.just([{"url": "t"}, {"url": "s", "caption": "c"}, {"url": "r"}]),
+        },
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@given(lists=st.lists(_RECORDS, min_size=1, max_size=2), block=st.sampled_from([1 << 20, 50, 17]), data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_no_good_record_is_lost_in_silence(
+    tmp_path_factory: pytest.TempPathFactory, lists: list[list[dict[str, Any]]], block: int, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.mktemp("json") / "list.json"
+    texts = [[json.dumps(record) for record in one] for one in lists]
+    damaged = data.draw(st.sampled_from([(number, n) for number, one in enumerate(texts) for n in range(len(one))]))
+    text = texts[damaged[0]][damaged[1]]
+    place, mark = data.draw(st.integers(0, len(text))), data.draw(st.sampled_from(["", *'"\\}{[],:x']))
+    texts[damaged[0]][damaged[1]] = text[:place] + mark + text[place + data.draw(st.integers(0, 1)) :]
+    path.write_text("\n".join(f"[{', '.join(one)}]" for one in texts))
+    others = [
+        record["url"] for number, one in enumerate(lists) for n, record in enumerate(one) if (number, n) != damaged
+    ]
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(DataError):
+        patch.setattr("pipeline.data.json_lists._BLOCK_BYTES", block)
+        pairs, reading = _rows(path)
+        urls = [url for url, _ in pairs]
+        assert [url for url in urls if url in others] == [url for url in others if url in urls]
+        assert len(others) - len(set(urls) & set(others)) <= max(0, reading.counts["malformed"] - 1)
+
+
 def test_a_record_inside_a_damaged_one_is_no_row(tmp_path: Path) -> None:
     damaged = '{"url": "http://a/1", "caption": "c", "thumb" {"url": "http://t/1", "caption": "c"}}'
     (tmp_path / "list.json").write_text(f'[{damaged}, {{"url": "http://a/2", "caption": "c"}}]')

@@ -290,6 +290,28 @@ def test_an_oversized_cell_or_line_is_counted_and_the_list_goes_on(
     assert [name.partition(":")[2].split(":")[0] for name in name_examples([reading])] == ["3", "4"]
 
 
+@pytest.mark.parametrize("num_bytes", [None, 700])
+@pytest.mark.parametrize("end", ["", "\n"])
+@pytest.mark.parametrize("length", [1001, 1100, 1490, 3000])
+@pytest.mark.parametrize("kind", ["txt", "tsv", "csv", "jsonl"])
+def test_a_last_line_that_is_too_long_is_counted(
+    kind: str, length: int, end: str, num_bytes: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.data.delimited._LONGEST_LINE", 1000)
+    monkeypatch.setattr("pipeline.data.delimited._BLOCK_BYTES", 300)
+    head, lines = {
+        "txt": ("", "http://a/{}\n"),
+        "tsv": ("url\tcaption\n", "http://a/{}\tc\n"),
+        "csv": ("url,caption\n", "http://a/{},c\n"),
+        "jsonl": ("", '{{"url": "http://a/{}", "caption": "c"}}\n'),
+    }[kind]
+    path = tmp_path / f"list.{kind}"
+    path.write_text(head + "".join(lines.format(number) for number in range(2)) + "x" * length + end)
+    pairs, reading = _rows(path, num_bytes=num_bytes)
+    assert [url for url, _ in pairs] == ["http://a/0", "http://a/1"]
+    assert reading.counts["malformed"] == 1
+
+
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "json"])
 def test_half_of_an_emoji_is_counted_and_the_list_goes_on(kind: str, tmp_path: Path) -> None:
     rows = [{"url": "http://a/1", "caption": "cut \ud83d"}, {"url": "http://a/2", "caption": "fine"}]
