@@ -2,6 +2,7 @@
 
 import contextlib
 import shlex
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -59,19 +60,22 @@ def forget(
             search = search_in(place, names)
             if delete:
                 forgetting.forget(place, search, lock.check)
-        is_rewritten = compact and _rewrite(place, lock, resolved, address)
+        done = _rewrite(place, lock, resolved, address) if compact else None
     if json:
-        print_json(_as_json(search, is_forgotten=delete, is_rewritten=is_rewritten))
+        print_json(_as_json(search, done, is_forgotten=delete))
         return ()
     if search is not None:
         _print_search(search, recipe or "RECIPE", is_forgotten=delete)
-    if is_rewritten:
+        if done is None:
+            _print_removals(search.pending, "is removed with --compact, or by the next run")
+    if done is not None:
+        _print_removals(done, "is removed")
         typer.echo("their files are rewritten" if search else "the files of what was forgotten are rewritten")
     elif compact:
         typer.echo("nothing to rewrite")
-    elif search is not None and search.rows and delete:
+    elif search is not None and (search.rows or search.pending.removals) and delete:
         return (f"unclip forget --compact {option}",)
-    elif search is not None and search.rows:
+    elif search is not None and (search.rows or search.pending.removals):
         return (f"unclip forget {shlex.join(what or [])} {option} --delete --compact",)
     return (f"unclip plan {shlex.quote(recipe) if recipe else 'RECIPE'}",)
 
@@ -85,17 +89,16 @@ def _place(recipe: str, workspace: str) -> tuple[Recipe | None, Workspace]:
     return resolved, place
 
 
-def _rewrite(place: Workspace, lock: Lock, recipe: Recipe | None, address: str) -> bool:
-    """Rewrite what holds forgotten rows; returns whether there was anything."""
+def _rewrite(place: Workspace, lock: Lock, recipe: Recipe | None, address: str) -> Pending | None:
+    """Rewrite what holds forgotten rows; returns what was done, None if there was nothing."""
     pending = Pending.read(place.root)
     if pending is None:
-        return False
+        return None
     from pipeline.runtime.connection import connect
     from pipeline.runtime.forget import finish_forgetting
 
     with connect(address) if pending.indexes else contextlib.nullcontext():
-        finish_forgetting(place, lock.check, recipe)
-    return True
+        return finish_forgetting(place, lock.check, recipe)
 
 
 def _print_search(search: "Search", recipe: str, *, is_forgotten: bool) -> None:
@@ -119,17 +122,31 @@ def _print_search(search: "Search", recipe: str, *, is_forgotten: bool) -> None:
     typer.echo(f"{len(search.uids)} pairs of {len(search.names)} names: {verdict}")
 
 
-def _as_json(search: "Search | None", *, is_forgotten: bool, is_rewritten: bool) -> dict[str, object]:
-    state: dict[str, object] = {"forgotten": is_forgotten and search is not None, "rewritten": is_rewritten}
+def _print_removals(work: Pending, verdict: str) -> None:
+    from pipeline.forget.search import SHOWN
+
+    for step, key in work.removals:
+        reason = f"shows such a pair; `unclip {step}` makes it anew" if step in SHOWN else "a run makes it anew"
+        typer.echo(f"{step:<17} {key}  {verdict}: {reason}")
+
+
+def _as_json(search: "Search | None", done: Pending | None, *, is_forgotten: bool) -> dict[str, object]:
+    state: dict[str, object] = {"forgotten": is_forgotten and search is not None, "rewritten": done is not None}
+    if done is not None:
+        state["removed"] = _artifacts(done.removals)
     if search is None:
         return state
     networks = [{"step": one.step, "key": one.key, "pairs": one.pairs} for one in search.networks]
-    made = [{"step": step, "key": key} for step, key in search.dirty]
     return state | {
         "pairs": len(search.uids),
         "rows": search.rows,
         "unknown": list(search.unknown),
         "networks": networks,
-        "to_make_anew": made,
+        "to_make_anew": _artifacts(search.dirty),
+        "to_remove": _artifacts(search.pending.removals),
         "node_s": round(search.node_s, 3),
     }
+
+
+def _artifacts(pairs: Iterable[tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"step": step, "key": key} for step, key in pairs]

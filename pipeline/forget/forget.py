@@ -9,10 +9,11 @@ from pipeline.forget.rewrite import rewrite
 from pipeline.forget.search import Search
 from pipeline.recipe.garbage import read_artifacts
 from pipeline.recipe.steps import STEPS
-from pipeline.retrieve.changes import delete, remove_earlier_versions
+from pipeline.retrieve.changes import delete, has_rows, remove_earlier_versions, sources_of
 from pipeline.retrieve.takedown import Takedown
 from pipeline.train.results import RESULTS
 from pipeline.workspace.forgotten import Forgotten, Pending
+from pipeline.workspace.manifest import Manifest
 from pipeline.workspace.store import Artifact, Workspace
 
 REPORT = "report.html"
@@ -54,7 +55,8 @@ def finish(workspace: Workspace, compact_index: Callable[[str], None], check: Ca
         check: Raises StepError if the lock was lost; called before each commit.
 
     Returns:
-        What was done; None if nothing was to be done.
+        What was done; None if nothing was to be done. Its removals have also the indexes of which no row is left, and
+        those whose embeddings are being made anew.
 
     Raises:
         DataError: If a file is damaged.
@@ -76,12 +78,16 @@ def finish(workspace: Workspace, compact_index: Callable[[str], None], check: Ca
     if work.rewrites:
         _remove_grids(workspace, check)
     for key in work.indexes:
+        check()
         index = workspace.artifact("index", key)
-        if index.manifest() is None:  # somebody has removed it since
+        if (manifest := index.manifest()) is None:  # somebody has removed it since
             index.destroy()
-        else:
+        elif _can_be_built(workspace, index, manifest):
             compact_index(key)
             remove_earlier_versions(index)
+        else:
+            index.destroy()
+            work = replace(work, removals=(*work.removals, ("index", key)))
         pending = replace(pending, indexes=pending.indexes[1:])
         _write(workspace, pending, check)
     check()
@@ -90,6 +96,12 @@ def finish(workspace: Workspace, compact_index: Callable[[str], None], check: Ca
     (workspace.local_root / REPORT).unlink(missing_ok=True)
     pending.remove(workspace.root)
     return work
+
+
+def _can_be_built(workspace: Workspace, index: Artifact, manifest: Manifest) -> bool:
+    """Whether the embeddings of an index have rows, and its own are not being made anew: then so will be the index."""
+    inputs = [workspace.artifact(*one) for one in manifest.inputs.items()]
+    return all(one.manifest() is not None for one in inputs) and any(map(has_rows, sources_of(index)))
 
 
 def _remove_grids(workspace: Workspace, check: Callable[[], None]) -> None:

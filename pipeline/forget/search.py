@@ -7,15 +7,14 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 
 from pipeline.data.drawn import EVALUATION
-from pipeline.data.shard_tables import find_rows, read_groups, read_names
+from pipeline.data.shard_tables import find_rows, read_names
 from pipeline.errors import DataError
+from pipeline.forget.shown import Pairs
 from pipeline.recipe.lineage import indexed_embeddings
 from pipeline.recipe.steps import STEP_ROWS
 from pipeline.retrieve.changes import find_ids
@@ -24,14 +23,12 @@ from pipeline.workspace.forgotten import Pending, Rewrite, TrainedOn
 from pipeline.workspace.manifest import Manifest, content_of
 from pipeline.workspace.store import INPUTS, LIVE, MANIFEST, Artifact, Workspace
 
-pc: Any = pyarrow.compute  # its functions are created at import, so a type checker does not know them
-
 TABLES = ("pairs", "download", "filter", "embed", "filter_embeddings")
 """Steps whose artifacts hold a row for each pair, in the order in which they are searched and rewritten."""
 SHARDS_STAY = frozenset({"download", "embed"})
 """Steps whose finished shards count while the step is unfinished; other unfinished work is removed and made anew."""
 SHOWN = ("evaluate", "ablate", "search")
-"""Artifacts of what people look at: with captions, uids or pictures of some pairs. Their commands make them anew."""
+"""Artifacts of what people look at: with captions, uids or pictures of some pairs. No run makes the last two anew."""
 FAILURES = "_failures.jsonl"
 _SHARD = re.compile(r"(?:labels/)?(\d{5,})\.parquet")
 _THREADS = 8
@@ -39,10 +36,6 @@ _NAMES = ("uid", "url")
 _COLUMNS = (*_NAMES, "caption", "split", "status", "reason")
 _SEARCHED = (*_NAMES, "same_as")
 """Labels name a pair by its copies, too, which may be in another shard."""
-_WORDS = (*_NAMES, "caption", "prompt", "text", "image")
-"""Columns of ``SHOWN``: of rows, of prompts, and of the queries of a search."""
-_NEIGHBOURS = "neighbours"
-"""Column of the answers of a search: a list of rows."""
 _ROWS_OF_NETWORK = ("filter_embeddings", "embed", "filter", "download")
 """Inputs of a training; the first that it has says which rows it reads."""
 
@@ -235,35 +228,15 @@ def _removals(
         for key in workspace.keys(step):
             if key not in manifests[step] and (step != "pairs" or (step, key) in rows_by_artifact):
                 yield step, key
-    words = {*names, *(word for rows in rows_by_artifact.values() for word in rows.uids | rows.captions)} - {""}
-    values = pa.array(sorted(words), pa.string())
+    uids = {uid for rows in rows_by_artifact.values() for uid in rows.uids}
+    captions = {caption for rows in rows_by_artifact.values() for caption in rows.captions}
+    pairs = Pairs(frozenset({*names, *uids} - {""}), frozenset(captions - {""}))
     for step in SHOWN:
         for key in workspace.keys(step):
             artifact = workspace.artifact(step, key)
             is_nameless = step == "ablate" and rows_by_artifact and not artifact.exists(MANIFEST)  # names come last
-            if is_nameless or any(_shows(artifact, name, words, values) for name in artifact.names()):
+            if is_nameless or pairs.are_in(artifact):
                 yield step, key
-
-
-def _shows(artifact: Artifact, name: str, words: set[str], values: pa.Array) -> bool:
-    """Whether a file names a pair by its uid or URL, or was made for its caption; ``values``: the words for Arrow."""
-    if name.endswith(".parquet"):
-        file = artifact.ranged(name)
-        existing = read_names(file)
-        columns = [one for one in (*_WORDS, _NEIGHBOURS) if one in existing]
-        return bool(columns) and any(_has_word(rows, values) for rows in read_groups(file, columns))
-    if name.endswith((".json", ".jsonl")) and not name.endswith(".done.json"):
-        text = artifact.path(name).read_text(encoding="utf-8")
-        return any(json.dumps(word) in text or json.dumps(word, ensure_ascii=False) in text for word in words)
-    return False
-
-
-def _has_word(rows: pa.Table, values: pa.Array) -> bool:
-    columns = [rows.column(name) for name in rows.column_names if name != _NEIGHBOURS]
-    if _NEIGHBOURS in rows.column_names:
-        neighbours = pc.list_flatten(rows.column(_NEIGHBOURS))
-        columns += [pc.struct_field(neighbours, name) for name in ("uid", "url", "caption")]
-    return any(pc.any(pc.is_in(column.cast(pa.string()), value_set=values)).as_py() for column in columns)
 
 
 def _networks(

@@ -211,17 +211,35 @@ def segment_of_more(build: SegmentBuild) -> SegmentBuild:
 
 
 def segment_of_all(build: SegmentBuild) -> SegmentBuild:
-    """The build of one segment from the embeddings of all segments of an index."""
-    version = read_version(build.output)
-    sources = dict.fromkeys(
-        source.uri for name in version.segments for source in open_rows(build.output, name).shards.sources
-    )
-    return replace(
-        build,
-        sources=tuple(Artifact(uri) for uri in sources),
-        segment=_new_name(build.output),
-        deleted=version.deleted,
-    )
+    """The build of one segment from the embeddings of all segments of an index.
+
+    Embeddings whose pairs were all forgotten have no rows, and are left out.
+
+    Raises:
+        DataError: If embeddings are gone.
+    """
+    version, sources = read_version(build.output), sources_of(build.output)
+    with_rows = tuple(source for source in sources if has_rows(source))
+    for source in sources:
+        if source not in with_rows and source.manifest() is None:
+            raise DataError(
+                f"index: {source.uri} is gone, and rows of {build.output.uri} come from it: bring it back; if that "
+                f"cannot be, move {build.output.uri} away: the next run builds it without these rows, and without "
+                "those of other appends"
+            )
+    # If none has rows, the build refuses them.
+    return replace(build, sources=with_rows or sources, segment=_new_name(build.output), deleted=version.deleted)
+
+
+def sources_of(index: Artifact) -> tuple[Artifact, ...]:
+    """The embeddings that the segments of an index read, each once."""
+    segments = [open_rows(index, name).shards for name in read_version(index).segments]
+    return tuple(Artifact(uri) for uri in dict.fromkeys(source.uri for shards in segments for source in shards.sources))
+
+
+def has_rows(embeddings: Artifact) -> bool:
+    """Whether a finished shard of some embeddings has a row."""
+    return any(record.counts["ok"] for record in embeddings.shard_records().values())
 
 
 def publish_segment(build: SegmentBuild, summary: IndexSummary, *, replaces: bool, check: Check = _unlocked) -> None:

@@ -50,7 +50,8 @@ class EmbeddedShards:
             shards += [(number, name) for name in records]
             sizes += [record.counts["ok"] for record in records.values()]
             if not sum(record.counts["ok"] for record in records.values()):
-                raise DataError(f"index: {source.uri} holds no embeddings: every picture failed")
+                reason = "every picture failed, or every pair was forgotten"
+                raise DataError(f"index: {source.uri} holds no embeddings: {reason}")
             schema = read_schema(source.ranged(f"{next(iter(records))}.parquet"))
             widths[source.uri] = int(schema.field("z_image").type.list_size)
         if len(set(widths.values())) > 1:

@@ -80,7 +80,9 @@ def run_recipe(
         workspace.artifact("recipes", recipe.name).write_json(RESOLVED, to_dict(recipe))
         note_run(workspace.root)
         may_start = at_once if address else fits_now
-        if finish_forgetting(workspace, lock.check, recipe):
+        if work := finish_forgetting(workspace, lock.check, recipe):
+            for step, key in work.removals:
+                observer.warned(f"{step}/{key} is removed: it had pairs that are forgotten, or may have had")
             statuses = plan_status(workspace, [status.step for status in statuses])
         if retry_failed:
             statuses = [_reopened(workspace, status, retry_failed) for status in statuses]

@@ -127,6 +127,12 @@ def test_a_search_that_alone_has_a_pair_goes(made: Made) -> None:
     assert made.workspace.keys("search") == []
 
 
+def test_a_search_that_found_another_pair_of_the_same_caption_stays(made: Made) -> None:
+    rows = {row["url"]: row for row in pq.read_table(made.artifact("pairs").path("00000.parquet")).to_pylist()}
+    _answers(made.workspace, "other", {"uid": "another", "url": "http://b/", "caption": rows[BY_UID]["caption"]})
+    assert ("search", "other") not in forget_names(made, BY_UID).pending.removals
+
+
 def test_what_is_left_is_whole(made: Made) -> None:
     forget_names(made, BY_URL, made.uids[BY_UID])
     made.finish()
@@ -256,12 +262,16 @@ def test_the_command_counts_first_then_forgets_and_plan_names_the_networks(made:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(tomli_w.dumps(without_none(to_dict(made.recipe))))
     (tmp_path / "names.txt").write_text(f"{BY_URL}\n\nhttp://nowhere/\n")
+    _answers(made.workspace, "one", {"uid": made.uids[BY_URL]})
     words = ("forget", str(tmp_path / "names.txt"), "--recipe", str(recipe))
     assert names_of([str(tmp_path / "names.txt")]) == [BY_URL, "http://nowhere/"]
     answer = unclip_json(*words)
     assert (answer["forgotten"], answer["pairs"], answer["unknown"]) == (False, 1, ["http://nowhere/"])
+    evaluation = {"step": "evaluate", "key": made.artifact("evaluate").key}
+    assert answer["to_remove"] == [evaluation, {"step": "search", "key": "one"}]
     assert not (Path(made.workspace.root) / FORGOTTEN).exists()
     done = unclip_here(*words, "--delete")
+    assert "search            one  is removed with --compact, or by the next run: shows such a pair" in done.stdout
     assert "1 pairs of 2 names: forgotten" in done.stdout
     assert f"unclip run {recipe} --from clip --force" in done.stdout
     assert "not in the workspace: http://nowhere/; it will not be taken" in done.stderr

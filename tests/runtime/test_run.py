@@ -21,6 +21,7 @@ from pipeline.runtime.admission import at_once, fits_now
 from pipeline.runtime.connection import connect
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.tracking.run import Tracking
+from pipeline.workspace.forgotten import Pending
 from pipeline.workspace.lock import in_use
 from pipeline.workspace.progress import Progress, read_progress
 from pipeline.workspace.store import INPUTS, Workspace
@@ -252,7 +253,11 @@ def test_a_step_that_fails_leaves_its_siblings_to_finish_and_a_finished_one_is_m
     status = unclip_here("status", str(tmp_path / "tiny.toml"), "--set", "tracking.uri=off").stdout
     assert [line for line in status.splitlines() if line.startswith("index") and "00000.parquet" in line]
     table.write_bytes(whole)
-    for _ in range(2):
+    workspace.artifact("search", "shown").write_bytes("00000.parquet", b"answers")
+    Pending(removals=(("search", "shown"),)).write(workspace.root)
+    for is_removed in (True, False):
         again = unclip(*command, "--step", "index", "--force")
         assert "ran 1 step" in again.stdout, again.stdout
         assert outputs["index"].manifest() is not None
+        assert ("search/shown is removed" in again.stdout) is is_removed
+    assert not workspace.keys("search")
