@@ -301,10 +301,10 @@ def test_the_command_removes_only_when_told(tmp_path: Path) -> None:
     workspace.artifact("prior", "f" * 16).write_bytes("live/checkpoint", bytes(2000))
     dry_run = CliRunner().invoke(app, ["gc", str(path)])
     assert dry_run.exit_code == 0, dry_run.output
-    assert "1 artifacts, 2.0 KB: not needed" in dry_run.stdout
+    assert "1 artifacts, 2 KB: not needed" in dry_run.stdout
     assert f"next:\n  unclip gc {path} --delete" in dry_run.stderr
     assert workspace.keys("prior") == ["f" * 16]
-    assert "1 artifacts, 2.0 KB: removed" in CliRunner().invoke(app, ["gc", str(path), "--delete"]).stdout
+    assert "1 artifacts, 2 KB: removed" in CliRunner().invoke(app, ["gc", str(path), "--delete"]).stdout
     assert workspace.keys("prior") == []
 
 
@@ -314,7 +314,7 @@ def test_what_the_last_run_of_a_recipe_made_stays_whatever_it_was_run_with(tmp_p
     keys = _finish(load_recipe(path, ["seed=1", "embed.batch_size=3"]))
     workspace.artifact("prior", "f" * 16).write_bytes("live/checkpoint", bytes(2000))
     result = CliRunner().invoke(app, ["gc", str(path), "--delete"])
-    assert "1 artifacts, 2.0 KB: removed" in result.stdout, result.output
+    assert "1 artifacts, 2 KB: removed" in result.stdout, result.output
     assert "was last run with seed = 1, embed.batch_size = 3; what that run made stays" in result.stderr
     assert all(workspace.keys(step) == [key] for step, key in keys.items())
     _finish(load_recipe(path))
