@@ -73,6 +73,8 @@ def _application(inner: Callable[..., Iterable[bytes]]) -> Callable[..., Iterabl
             body = b"".join(inner(environ, lambda *_: None))
             start("200 OK", [("Content-Length", str(len(body))), ("ETag", '"half"')])
             return _half(environ, body)
+        if fault["kind"] == "lost":
+            b"".join(inner(environ, lambda *_: None))
         environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
         return answer(environ, start, "500 Gone", b"")
 
@@ -161,7 +163,7 @@ class S3Server:
             pass
 
     def fail(self, kind: str, method: str, in_path: str, times: int = 1, seconds: float = 0.0) -> None:
-        """Let the next requests fail: 500, throttled, skewed, reset, half (of the body), or slow."""
+        """Let the next requests fail: 500, throttled, skewed, reset, lost (done, without an answer), half, or slow."""
         fault = {"kind": kind, "method": method, "in_path": in_path, "times": times, "seconds": seconds}
         self._ask("POST", "/-/faults", [fault])
 

@@ -46,6 +46,19 @@ def test_a_fault_that_passes_changes_no_byte(
     assert artifact.exists("00000.tar")
 
 
+@pytest.mark.parametrize("method", ["PUT", "DELETE", "POST"])  # a copy; a file that is removed, alone or with others
+def test_a_move_whose_answer_is_lost_has_moved_the_file(method: str, bucket: str, s3_server: S3Server) -> None:
+    source, target = Artifact(f"{bucket}/step/key/live/aside"), Artifact(f"{bucket}/step/key")
+    target.write_bytes("00000.tar", b"old")
+    source.write_bytes("00000.tar", b"new")
+    s3_server.fail("lost", method, bucket.removeprefix("s3://"))
+    source.move("00000.tar", target)
+    assert target.read_bytes("00000.tar") == b"new"
+    assert target.names() == ["00000.tar"]
+    with pytest.raises(FileNotFoundError):
+        source.move("00000.tar", target)
+
+
 def test_a_clock_that_the_store_refuses_is_told_unless_it_is_set_right(
     bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
