@@ -18,6 +18,7 @@ from jobs.options import (
     print_next,
     print_warning,
     recipe_words,
+    with_options,
 )
 from jobs.watch import Follower
 from pipeline.recipe.recipe import Recipe, load_recipe
@@ -65,7 +66,8 @@ def submit(
         following = (f"unclip jobs --address {address}", f"unclip status {words}")
         if code:
             if not json:
-                print_next(f"unclip submit {words} --address {address} --follow", *following)
+                options = {"--until": until, "--address": address, "--follow": True, "--again": again}
+                print_next(with_options(f"unclip submit {words}", options), *following)
             raise typer.Exit(code)
         return following
 

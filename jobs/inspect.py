@@ -21,6 +21,7 @@ from jobs.options import (
     print_next,
     print_warning,
     recipe_words,
+    with_options,
 )
 from pipeline.errors import ConfigError, DataError
 from pipeline.recipe.estimate import status_remaining
@@ -62,10 +63,13 @@ def plan(
     Example: unclip plan configs/demo.toml --set decoder.train.num_steps=2000
     """
     resolved, words = load_recipe(recipe, overrides or []), recipe_words(recipe, overrides)
-    run = f"unclip run {words}{f' --until {until}' if until else ''}"
+    shown = [name for name, is_set in (("--cost", cost), ("--graph", graph), ("--time", time)) if is_set]
+    if len(shown) > 1 or (graph and json):
+        raise ConfigError(f"{', '.join([*shown, *(['--json'] if json else [])])}: they cannot be shown together")
+    again, run = (with_options(f"unclip {command} {words}", {"--until": until}) for command in ("plan", "run"))
     if cost:
-        _print_cost(resolved, json=json)
-        return (f"unclip plan {words}", run)
+        _print_cost(resolved, until, json=json)
+        return (again, run)
     workspace = Workspace(resolved.workspace)
     statuses = plan_status(workspace, make_plan(resolved, until=until))
     todo = [status.step.name for status in statuses if status.state != "done"]
@@ -90,18 +94,23 @@ def plan(
     for note in [*unseen_inputs(resolved), *passing_inputs(resolved), *_forgotten_notes(workspace, statuses)]:
         typer.echo(note)
     typer.echo(f"{len(todo)} of {len(statuses)} steps to run: {', '.join(todo)}" if todo else "nothing to do")
-    return (f"unclip plan {words} --time", run) if todo else after
+    return (f"{again} --time", run) if todo else after
 
 
-def _print_cost(resolved: Recipe, *, json: bool) -> None:
-    """Print what the networks of a recipe cost, and the money at its prices."""
+def _print_cost(resolved: Recipe, until: str, *, json: bool) -> None:
+    """Print what the networks of a recipe cost up to a step, and the money at its prices."""
     from pipeline.networks.bill import format_bill, recipe_bill
     from pipeline.networks.costs import format_costs, recipe_costs
     from pipeline.train.fitting import format_memory, recipe_memory
 
-    costs, memories, bill = recipe_costs(resolved), recipe_memory(resolved), None
+    all_costs, memories, bill = recipe_costs(resolved), recipe_memory(resolved), None
+    costs = all_costs
+    if until:
+        names = {step.name for step in make_plan(resolved, until=until)}
+        costs = [cost for cost in costs if cost.name in names]
+        memories = [memory for memory in memories if memory.name in names]
     try:
-        bill = recipe_bill(resolved, costs)
+        bill = recipe_bill(resolved, all_costs, until=until)
     except (ConfigError, DataError) as error:  # the list need not be here to count the networks
         print_warning(f"the money is not counted: {error}")
     if json:

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import typer
@@ -38,6 +39,15 @@ JobAddress = Annotated[
 def recipe_words(recipe: str, overrides: list[str] | None) -> str:
     """A recipe and its changes as words of a shell command."""
     return shlex.join([recipe, *(word for override in overrides or [] for word in ("--set", override))])
+
+
+def with_options(command: str, options: Mapping[str, str | bool]) -> str:
+    """A command with those of its options that are set; one that is True has no value."""
+    words = [command]
+    for name, value in options.items():
+        if value:
+            words += [name, shlex.quote(value)] if isinstance(value, str) else [name]
+    return " ".join(words)
 
 
 def print_next(*commands: str) -> None:

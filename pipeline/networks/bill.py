@@ -90,12 +90,13 @@ class Bill:
         return {"currency": self.currency, "entries": entries, "notes": list(self.notes), "money": self.money}
 
 
-def recipe_bill(recipe: Recipe, costs: Sequence[NetworkCost]) -> Bill | None:
-    """The bill of a whole recipe, finished steps included; None if it names no price.
+def recipe_bill(recipe: Recipe, costs: Sequence[NetworkCost], *, until: str = "") -> Bill | None:
+    """The bill of a recipe, finished steps included; None if it names no price.
 
     Args:
         recipe: The recipe.
         costs: Of ``recipe_costs``.
+        until: Last step that is counted; empty: all.
 
     Raises:
         DataError: If the source of the pairs is missing or damaged.
@@ -103,11 +104,17 @@ def recipe_bill(recipe: Recipe, costs: Sequence[NetworkCost]) -> Bill | None:
     prices = recipe.prices
     if prices.is_empty:
         return None
-    num_rows, statuses = count_pairs(recipe.pairs), plan_status(Workspace(recipe.workspace), make_plan(recipe))
+    steps = make_plan(recipe, until=until)
+    num_rows, statuses = count_pairs(recipe.pairs), plan_status(Workspace(recipe.workspace), steps)
     folder = recipe.embed.import_from
     num_embedded = count_rows(Path(folder)) if folder else num_rows
     gpu_hours, cpu_hours, untimed = _hours(recipe, statuses, costs, num_embedded)
-    reads, writes = requests_of(recipe, num_rows)
+    names = {step.name for step in steps}
+    sizes = _gigabytes(recipe, statuses, costs, num_rows, num_embedded)
+    sizes, reads, writes = (
+        {name: amount for name, amount in one.items() if name in names}
+        for one in (sizes, *requests_of(recipe, num_rows))
+    )
     entries = (
         Entry("GPU", "hours", prices.gpu_hour, gpu_hours),
         Entry("CPU", "hours", prices.cpu_hour, cpu_hours),
@@ -115,7 +122,7 @@ def recipe_bill(recipe: Recipe, costs: Sequence[NetworkCost]) -> Bill | None:
             "storage",
             f"GB for {prices.storage_months:g} months",
             prices.storage_gb_month * prices.storage_months,
-            _gigabytes(recipe, statuses, costs, num_rows, num_embedded),
+            sizes,
         ),
         Entry("reading requests", "thousand", prices.reads_1000, reads),
         Entry("writing requests", "thousand", prices.writes_1000, writes),

@@ -17,6 +17,7 @@ from pipeline.recipe.estimate import StepTime, save_times
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.workspace.store import Artifact
 from tests.scaling_page import counted_by_hand, value
+from tests.tiny.command import unclip_json
 from tests.tiny.recipe import tiny_tables, write_recipe
 from tests.tiny.shards import make_embeddings
 
@@ -56,6 +57,26 @@ def test_a_bill_is_hours_and_storage_at_the_prices_of_the_recipe(tmp_path: Path)
     assert note.startswith("no time is known of pairs, index, prior, ")
     assert format_bill(bill).splitlines()[3].split() == ["together", f"{bill.money:,.2f}", "USD"]
     assert bill.to_dict()["entries"][1]["money"] == pytest.approx(0.5 * cpu.amount)
+
+
+def test_a_bill_up_to_a_step_has_nothing_of_later_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = _recipe(tmp_path)
+    requests = dict.fromkeys(("pairs", "clip", "decoder"), 1.0)
+    monkeypatch.setattr("pipeline.networks.bill.requests_of", lambda *_: (requests, requests))
+    bill = recipe_bill(recipe, recipe_costs(recipe), until="embed")
+    assert bill is not None
+    amounts = {entry.what: set(entry.amounts) for entry in bill.entries}
+    assert amounts == {
+        "GPU": {"embed"},
+        "storage": {"download", "clip", "embed"},
+        "writing requests": {"pairs", "clip"},
+    }
+
+
+def test_the_cost_up_to_a_step_is_that_of_its_networks(tmp_path: Path) -> None:
+    path = str(write_recipe(tmp_path, port=1))
+    answer = unclip_json("plan", path, "--cost", "--until", "embed")
+    assert [network["name"] for network in answer["networks"]] == ["clip"]
 
 
 def test_token_states_are_in_the_storage_of_embed(tmp_path: Path) -> None:
