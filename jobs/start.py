@@ -2,6 +2,7 @@
 
 import shlex
 import time
+from collections.abc import Collection
 from typing import Annotated
 
 import typer
@@ -19,8 +20,10 @@ from jobs.options import (
     print_measured,
     print_warning,
     recipe_words,
+    with_options,
 )
 from pipeline.data.causes import ALL, CLASSES, PICTURE_FAULTS, is_class
+from pipeline.data.retries import NONE
 from pipeline.errors import ConfigError, UnclipError
 from pipeline.recipe.estimate import status_remaining
 from pipeline.recipe.plan import StepStatus, chosen_steps, make_plan, plan_status
@@ -115,7 +118,8 @@ def run(
         typer.Option(
             "--retry-failed",
             metavar="[CLASS]",
-            help="Try the download's failed rows again, all or those of a class such as timeout, http or http-503.",
+            help="Try the download's failed rows again, all or those of a class such as timeout, http or http-503; "
+            "none: give up what a stop left of that.",
         ),
     ] = "",
     shown_as: Annotated[str, typer.Option(hidden=True, help="The recipe in the commands that are proposed.")] = "",
@@ -127,25 +131,24 @@ def run(
     """
     begun = time.monotonic()
     resolved = load_recipe(recipe, overrides or [])
-    if retry_failed and not is_class(retry_failed):
-        classes = ", ".join([ALL, *CLASSES, "http-404 and so on", *PICTURE_FAULTS])
-        raise ConfigError(f"--retry-failed {retry_failed}: no such class of failures; there are {classes}")
-    if retry_failed and resolved.pairs.source == "shards":
-        raise ConfigError("--retry-failed: these shards are taken in as they are; nothing is downloaded")
     words = shown_as or recipe_words(recipe, overrides)
     workspace = Workspace(resolved.workspace)
     steps = make_plan(resolved)
     within, chosen = chosen_steps(steps, start=start, until=until, only=step)
     if force and not (start or step):
         raise ConfigError("--force: say what is to be made anew, with --from STEP or --step STEP")
+    if retry_failed:
+        _require_retry(retry_failed, chosen, source=resolved.pairs.source)
     before = plan_status(workspace, within)
     forced = chosen if force else set[str]()
-    reopened = {"download"} if retry_failed else set[str]()
+    reopened = {"download"} if retry_failed not in {"", NONE} else set[str]()
     ran = [item.step.name for item in before if item.state != "done" or item.step.name in forced | reopened]
-    _require_inputs([item for item in before if item.step.name not in chosen], words)
+    _require_inputs([item for item in before if item.step.name not in chosen], words, address)
     if dry_run:
         _print_dry_run([item for item in before if item.step.name in ran], forced, json=json)
-        return (f"unclip run {words}",) if ran else (f"unclip status {words}",)
+        options = {"--until": until, "--from": start, "--step": step, "--force": force}
+        options |= {"--retry-failed": retry_failed, "--address": address}
+        return (with_options(f"unclip run {words}", options) if ran else f"unclip status {words}",)
     if ran or Pending.read(workspace.root) is not None:
         from jobs.watch import Watcher
         from pipeline.runtime.follow import TablePublisher
@@ -173,11 +176,22 @@ def run(
     return _next(words, {status.step.name for status in before}, has_shapes=resolved.pairs.source == "drawn")
 
 
-def _require_inputs(inputs: list[StepStatus], words: str) -> None:
+def _require_retry(failed_class: str, chosen: Collection[str], *, source: str) -> None:
+    """Refuse another try of rows that no download has, or that this run would not make."""
+    if failed_class != NONE and not is_class(failed_class):
+        classes = ", ".join([ALL, *CLASSES, "http-404 and so on", *PICTURE_FAULTS])
+        raise ConfigError(f"--retry-failed {failed_class}: no such class of failures; there are {classes}; or {NONE}")
+    if source == "shards":
+        raise ConfigError("--retry-failed: these shards are taken in as they are; nothing is downloaded")
+    if "download" not in chosen:
+        raise ConfigError(f"--retry-failed: download is not among the steps of this run ({', '.join(sorted(chosen))})")
+
+
+def _require_inputs(inputs: list[StepStatus], words: str, address: str) -> None:
     """Refuse to run steps whose inputs are not finished."""
     missing = [item.step.name for item in inputs if item.state != "done"]
     if missing:
-        first = f"unclip run {words} --until {missing[-1]}"
+        first = with_options(f"unclip run {words}", {"--until": missing[-1], "--address": address})
         raise ConfigError(f"{', '.join(missing)}: not finished, and not among the chosen steps; first: {first}")
 
 

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from pipeline.data.blank import BLANK, COLUMNS_THAT_STAY, are_forgotten, blank_rows
 from pipeline.data.pairs import ROW_GROUP_ROWS
+from pipeline.data.retries import adopt
 from pipeline.data.selection import label_file
 from pipeline.data.shard_tables import TAKEN_IN, read_names, read_schema, read_table, split_counts
 from pipeline.data.shard_writer import (
@@ -63,6 +64,8 @@ def rewrite(artifact: Artifact, work: Rewrite, forgotten: Forgotten, check: Call
     if manifest is None and work.step not in SHARDS_STAY:
         artifact.destroy()
         return
+    if manifest is None and work.step == "download":
+        adopt(artifact, lambda _done, _total: check())  # what a retry gained is no part of shards under way
     artifact.remove(ALL_RECORDS)
     for shard in work.shards:
         check()

@@ -9,17 +9,18 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 from pipeline.data.causes import is_in_class
+from pipeline.data.retries import adopt, end_retry, staged_in, waiting_retries
 from pipeline.data.splits import Split
 from pipeline.recipe.sections import DownloadConfig
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.download_watch import TOO_FEW, DownloadWatch, remove_bad_shards
-from pipeline.runtime.download_workers import DownloadWorker, RetryWorker, adopt, read_split, staged_in, write_split
+from pipeline.runtime.download_workers import DownloadWorker, RetryWorker, read_split, write_split
 from pipeline.runtime.host_limits import SHARDS_AT_ONCE, shared_limits
 from pipeline.runtime.picture_servers import served_pictures
 from pipeline.runtime.pool import ShardJob, ShardWorker, map_shards, total_counts
-from pipeline.runtime.retries import ask_retry, end_retry, waiting_retries
 from pipeline.runtime.taken_in import take_in_shards
 from pipeline.workspace.manifest import ShardRecord
+from pipeline.workspace.progress import Progress
 from pipeline.workspace.store import Artifact
 
 _NUM_CAUSES = 20
@@ -31,7 +32,7 @@ _STATS_AT_ONCE = 256
 
 
 def run_download(context: StepContext) -> StepResult:
-    """Download every shard of pairs, and try failed rows again if this run, or one that was stopped, asks for it.
+    """Download every shard of pairs, and try failed rows again that wait for it (``pipeline.data.retries``).
 
     The drawn source's pictures are served meanwhile.
 
@@ -46,10 +47,8 @@ def run_download(context: StepContext) -> StepResult:
     config, output, pairs = context.recipe.download, context.output, Pairs(context.inputs["pairs"])
     num_rows = pairs.num_rows
     check_columns(config, pairs.columns, pairs.where)
-    if context.retry_failed:
-        ask_retry(output, context.retry_failed)
     retries = waiting_retries(output)
-    adopt(output)
+    _adopt(output)
     if output.exists(TOO_FEW):
         remove_bad_shards(output, config)
     shards = shard_names(pairs.list_rows, config.samples_per_shard)
@@ -83,8 +82,20 @@ def _try_again(context: StepContext, records: Sequence[ShardRecord], failed_clas
     num_rows = sum(record.counts["in"] for record in failed)
     map_shards(context, _job(context, RetryWorker, [record.shard for record in failed], num_rows))
     end_retry(output, failed_class)
-    adopt(output)
+    _adopt(output)
     return list(output.shard_records().values())
+
+
+def _adopt(output: Artifact) -> None:
+    """See ``adopt``; its progress is shown, for it may take an hour in an object store."""
+    progress: Progress | None = None
+
+    def note(done: int, total: int) -> None:
+        nonlocal progress
+        progress = progress or Progress(output)  # most often there is nothing to do, and no request for it
+        progress.update(done, total, "shards", "put in the place of the old ones")
+
+    adopt(output, note)
 
 
 def _oddities(output: Artifact, shards: Sequence[str]) -> dict[str, Any]:

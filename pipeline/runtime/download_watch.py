@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 from pipeline.data.causes import CLASSES
 from pipeline.errors import StepError
@@ -17,7 +18,7 @@ _MIN_ROWS_TO_JUDGE = 1000
 _NUM_SHOWN = 4
 _READ_EVERY_S = 2.0
 TOO_FEW = f"{LIVE}too-few.json"
-"""There if the step was stopped because too few rows came through."""
+"""There if the step was stopped because too few rows came through: the limit, later the files that go because of it."""
 
 
 class DownloadWatch:
@@ -96,13 +97,18 @@ def _is_enough(counts: Mapping[str, int], config: DownloadConfig) -> bool:
 
 
 def remove_bad_shards(output: Artifact, config: DownloadConfig) -> None:
-    """After a stop because of too few good rows: remove the bad shards, unless enough came through by now's limit."""
-    records = list(output.shard_records().values())
-    if records and not _is_enough(total_counts(records), config):
-        for record in records:
-            if not _is_enough(record.counts, config):
-                for name in (f"{record.shard}{RECORD_SUFFIX}", *record.files):
-                    output.remove(name)
+    """After a stop because of too few good rows: remove the bad shards, unless enough came through by now's limit.
+
+    What is removed is written down first: of the shards that a kill leaves, enough may have come through.
+    """
+    names: Any = output.find_json(TOO_FEW)
+    if not isinstance(names, list):
+        records = list(output.shard_records().values())
+        are_enough = not records or _is_enough(total_counts(records), config)
+        bad = [] if are_enough else [record for record in records if not _is_enough(record.counts, config)]
+        names = [name for record in bad for name in (f"{record.shard}{RECORD_SUFFIX}", *record.files)]
+        output.write_json(TOO_FEW, names)
+    output.remove_all(names)
     output.remove(TOO_FEW)
 
 

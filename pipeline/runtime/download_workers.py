@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from pipeline.data.retries import staged_in
 from pipeline.data.shard_tables import split_counts
 from pipeline.data.shard_writer import FAILURES, ShardFiles, failure_causes
 from pipeline.data.splits import Part, Split
@@ -24,15 +25,12 @@ from pipeline.runtime.context import StepContext
 from pipeline.runtime.download_watch import progress_name
 from pipeline.runtime.host_limits import find_limits
 from pipeline.runtime.picture_servers import answers
-from pipeline.runtime.retries import waiting_retries
 from pipeline.shapes.server import HOST
 from pipeline.workspace.manifest import ShardRecord
-from pipeline.workspace.store import LIVE, RECORD_SUFFIX, Artifact
+from pipeline.workspace.store import LIVE, Artifact
 
 if TYPE_CHECKING:
     from pipeline.data.download import OnProgress
-
-_STAGED = "retry-"
 
 
 class DownloadWorker:
@@ -180,28 +178,6 @@ class RetryWorker(DownloadWorker):
                     _copy(files, parts, _part_name(part))
             newest = _find_files(parts, part) or newest
         return newest
-
-
-def adopt(output: Artifact) -> None:
-    """Put the shards that gained rows in the place of the old ones; it may be stopped anywhere, and done again.
-
-    Those of another try that is not done stay: their records say which shards were tried.
-    """
-    names = {name.split("/")[1] for name in output.names() if name.startswith(f"{LIVE}{_STAGED}")}
-    for folder in sorted(names - {f"{_STAGED}{failed_class}" for failed_class in waiting_retries(output)}):
-        staged = Artifact(f"{output.uri}/{LIVE}{folder}")
-        for shard, record in staged.shard_records().items():
-            for name in record.files:
-                if staged.exists(name):
-                    staged.move(name, output)
-            if record.files:
-                output.commit_shard(record)
-            staged.remove(f"{shard}{RECORD_SUFFIX}")
-
-
-def staged_in(output: Artifact, failed_class: str) -> Artifact:
-    """Where shards are put whose failed rows were tried again."""
-    return Artifact(f"{output.uri}/{LIVE}{_STAGED}{failed_class}")
 
 
 def read_split(output: Artifact, shard: str) -> Split | None:

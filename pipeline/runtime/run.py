@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 
+from pipeline.data.retries import NONE, ask_retry, give_up_retries, waiting_retries
 from pipeline.errors import ConfigError, DataError, UnclipError
 from pipeline.recipe.garbage import read_artifacts
 from pipeline.recipe.lineage import RESOLVED
@@ -20,7 +21,6 @@ from pipeline.runtime.forget import finish_forgetting
 from pipeline.runtime.head import watched_head
 from pipeline.runtime.machines import LONGEST_LOOK_S, Machines
 from pipeline.runtime.observer import Forecast, Observer
-from pipeline.runtime.retries import ask_retry, waiting_retries
 from pipeline.runtime.soon import Soon
 from pipeline.runtime.step_task import cancel_step, commit_step, result_of, start_step
 from pipeline.runtime.stopping import STOP_WAIT_S, request_stop
@@ -30,7 +30,7 @@ from pipeline.workspace.forgotten import Pending
 from pipeline.workspace.lock import Lock, locked_workspace
 from pipeline.workspace.outage import warnings_to
 from pipeline.workspace.progress import ERROR, ProgressState, read_progress
-from pipeline.workspace.store import MANIFEST, Workspace
+from pipeline.workspace.store import INPUTS, MANIFEST, Workspace
 
 _POLL_S = 0.5
 
@@ -51,7 +51,8 @@ def run_recipe(
         statuses: The steps to finish, and where they stand (``plan_status``).
         observer: Receives starts, readings, commits and warnings.
         address: Ray cluster; empty: one of our own on this machine, ended with the run.
-        retry_failed: Class of the download's failures that are tried again, finished or not; empty: none.
+        retry_failed: Class of the download's failures that are tried again, finished or not; empty: those that wait
+            since a run was stopped; "none": not even those.
         force: Names of steps that are made anew if they are finished; work that is under way goes on.
 
     Raises:
@@ -84,6 +85,9 @@ def run_recipe(
             for step, key in work.removals:
                 observer.warned(f"{step}/{key} is removed: it had pairs that are forgotten, or may have had")
             statuses = plan_status(workspace, [status.step for status in statuses])
+        if retry_failed == NONE:
+            _give_up_retries(workspace, statuses)
+            retry_failed = ""
         if retry_failed:
             statuses = [_reopened(workspace, status, retry_failed) for status in statuses]
         _tell_retries(workspace, statuses, retry_failed, observer)
@@ -232,13 +236,21 @@ def _noted(error: UnclipError, context: StepContext, tracking: Tracking, observe
 
 
 def _reopened(workspace: Workspace, status: StepStatus, failed_class: str) -> StepStatus:
-    """The download as an unfinished step, so that it runs again; its shards stay."""
+    """The download as an unfinished step, so that it runs again; its shards stay, unless its pairs are others now."""
     if status.step.name != "download":
         return status
     output = artifact_of(workspace, status.step)
     ask_retry(output, failed_class)  # first, so that a run that is stopped here leaves it to the next one
+    if (manifest := output.manifest()) is not None:  # it alone says from which pairs the shards were made
+        output.write_json(INPUTS, manifest.input_contents)
     output.remove(MANIFEST)
     return dataclasses.replace(status, state="partial", manifest=None)
+
+
+def _give_up_retries(workspace: Workspace, statuses: Sequence[StepStatus]) -> None:
+    for status in statuses:
+        if status.step.name == "download":
+            give_up_retries(artifact_of(workspace, status.step))
 
 
 def _tell_retries(workspace: Workspace, statuses: Sequence[StepStatus], retry_failed: str, observer: Observer) -> None:
@@ -247,7 +259,10 @@ def _tell_retries(workspace: Workspace, statuses: Sequence[StepStatus], retry_fa
         if status.step.name == "download" and status.state != "done":
             classes = [one for one in waiting_retries(artifact_of(workspace, status.step)) if one != retry_failed]
             if classes:
-                observer.warned(f"download: goes on to try failed rows again ({', '.join(classes)}), which was stopped")
+                observer.warned(
+                    f"download: goes on to try failed rows again ({', '.join(classes)}), which was stopped; "
+                    "`--retry-failed none` gives that up, and keeps what came"
+                )
 
 
 def _to_make_anew(workspace: Workspace, statuses: Sequence[StepStatus], force: Collection[str]) -> list[StepStatus]:

@@ -12,6 +12,7 @@ import psutil
 import ray
 import ray.exceptions
 
+from pipeline.data.retries import ask_retry
 from pipeline.errors import StepError, UnclipError
 from pipeline.recipe.plan import manifest_of
 from pipeline.recipe.steps import STEP_ROWS
@@ -43,6 +44,8 @@ def start_step(context: StepContext, tracking: Tracking) -> Any:
     """Submit a step; returns Ray's reference to its result."""
     context.output.clear_temporaries()
     forget_if_inputs_changed(context)
+    if context.retry_failed and context.step.name == "download":
+        ask_retry(context.output, context.retry_failed)  # not in the task, which Ray may start anew when it is done
     for name in (ERROR, STOP):
         context.output.remove(name)
     # Submitted first: to submit to a Ray that is killed at the first sign of progress hangs for a minute.

@@ -8,9 +8,12 @@ import signal
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import tomli_w
 
+from pipeline.data.retries import adopt, staged_in
+from pipeline.data.shards import ShardPictures
 from pipeline.errors import StepError
 from pipeline.recipe.plan import make_plan, manifest_of
 from pipeline.recipe.recipe import to_dict
@@ -19,7 +22,7 @@ from pipeline.runtime.step_task import forget_if_inputs_changed
 from pipeline.workspace import folder
 from pipeline.workspace.forgotten import FORGOTTEN, Forgotten, Pending
 from pipeline.workspace.lock import in_use, locked_workspace
-from pipeline.workspace.store import INPUTS
+from pipeline.workspace.store import INPUTS, MANIFEST, Artifact
 from tests.filter.planted import make_context
 from tests.forget.made import (
     BY_UID,
@@ -32,6 +35,7 @@ from tests.forget.made import (
     without_none,
 )
 from tests.tiny.command import unclip_here
+from tests.tiny.shards import Sample, write_shard
 
 
 def test_a_kill_between_a_table_and_its_tar_leaves_no_picture(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,6 +54,50 @@ def test_a_kill_between_a_table_and_its_tar_leaves_no_picture(made: Made, monkey
     assert made.pictures[BY_UID].decode("latin-1") in texts_of(made.workspace)
     made.finish()
     assert made.pictures[BY_UID].decode("latin-1") not in texts_of(made.workspace)
+
+
+def test_what_a_retry_gained_stays_after_a_kill_while_it_was_put_in_place(
+    made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    download, gained, move = made.artifact("download"), "http://a/clean-2", Artifact.move
+    own = ("uid", "url", "caption", "split", "key", "status", "error_message")
+    samples = [
+        Sample(
+            row["url"],
+            row["caption"],
+            made.pictures[row["url"]],
+            columns={name: value for name, value in row.items() if name not in own} | {"error_message": ""},
+        )
+        for row in pq.read_table(download.path("00000.parquet")).to_pylist()
+    ]
+    assert {BY_URL, gained} <= {sample.url for sample in samples}
+    failed = {"error_message": "timeout"}
+    old = [
+        dataclasses.replace(one, picture=None, columns=one.columns | failed) if one.url == gained else one
+        for one in samples
+    ]
+    for artifact, rows in ((download, old), (staged_in(download, "timeout"), samples)):
+        write_shard(artifact, "00000", rows, "png")
+        files = {name: artifact.describe(name) for name in ("00000.parquet", "00000.tar")}
+        artifact.commit_shard(dataclasses.replace(artifact.shard_record("00000"), files=files))
+    download.remove(MANIFEST)
+
+    def move_table(source: Artifact, name: str, target: Artifact) -> None:
+        if not name.endswith(".parquet"):
+            raise StepError("killed")
+        move(source, name, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Artifact, "move", move_table)
+        with pytest.raises(StepError, match="killed"):
+            adopt(download)
+    forget_names(made, BY_URL)
+    made.finish()
+    rows = {row["url"]: row for row in pq.read_table(download.path("00000.parquet")).to_pylist()}
+    pictures = ShardPictures(download.path("00000.tar"), "00000")
+    assert pictures.read(rows[gained]["key"], rows[gained]["uid"]) == made.pictures[gained]
+    assert BY_URL not in rows
+    assert [name for name in download.names() if "retry" in name] == []
 
 
 def test_what_was_removed_before_it_was_rewritten_stops_nothing(made: Made) -> None:

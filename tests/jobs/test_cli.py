@@ -3,16 +3,18 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import pytest
+from typer.main import get_command
 
-from jobs import cli
+from jobs import cli, inspect
 from jobs.options import Next
 from pipeline.recipe.recipe import Recipe
 from tests.ports import free_port
@@ -77,6 +79,11 @@ def test_version_is_the_package_version() -> None:
         (["plan", "configs/demo.toml", "--set", "prior.train.num_steps=many"], 2, ["prior.train.num_steps", "integer"]),
         (["plan", "configs/demo.toml", "--set", "upsampler_1.model.image_px=32"], 2, ["upsampler_2.model.low_res_px"]),
         (["plan", "configs/demo.toml", "--until", "nowhere"], 2, ["nowhere", "embed"]),
+        (["plan", "configs/demo.toml", "--cost", "--time"], 2, ["--cost, --time: ", "together"]),
+        (["plan", "configs/demo.toml", "--graph", "--json"], 2, ["--graph, --json: ", "together"]),
+        (["run", "configs/demo.toml", "--until", "pairs", "--retry-failed"], 2, ["--retry-failed: download is not"]),
+        (["run", "configs/demo.toml", "--step", "embed", "--retry-failed", "none"], 2, ["(embed)"]),
+        (["run", "configs/demo.toml", "--retry-failed", "htp"], 2, ["no such class", "http-404", "or none"]),
         (["run", "configs/demo.toml", "--set", "pairs.source=list", "--set", "pairs.path=none.csv"], 2, ["none.csv"]),
         (["sample", "configs/demo.toml"], 2, ["at least one prompt"]),
         (["sample", "configs/demo.toml", "--prompts", "none.txt"], 2, ["none.txt"]),
@@ -152,6 +159,63 @@ def test_an_interrupted_command_says_that_it_continues_if_it_does(
     done = unclip_here(*words)
     assert done.returncode == 130
     assert ("run the same command again" in done.stderr) == continues
+
+
+_RUN = [
+    ["--set", "seed=2", "--until", "embed"],
+    ["--step", "pairs", "--force"],
+    ["--from", "pairs", "--until", "clip", "--address", "ray://h:1"],
+    ["--retry-failed", "http-503"],
+]
+
+
+def _options(command: str) -> set[str]:
+    """The options of a command that a person sees."""
+    group: Any = get_command(cli.app)
+    params = group.commands[command].params
+    return {word for one in params if not getattr(one, "hidden", False) for word in one.opts if word.startswith("--")}
+
+
+def test_a_dry_run_proposes_the_run_that_it_shows(tmp_path: Path) -> None:
+    recipe = str(write_recipe(tmp_path, port=1))
+    for words in _RUN:
+        done = unclip_here("run", recipe, *words, "--dry-run")
+        proposed = shlex.split(done.stderr.splitlines()[-1])
+        assert sorted(proposed) == sorted(["unclip", "run", recipe, *words])
+    tried = {word for words in _RUN for word in words if word.startswith("--")}
+    assert _options("run") - tried == {"--dry-run", "--json"}
+
+
+def test_a_plan_proposes_commands_up_to_the_step_that_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = str(write_recipe(tmp_path, port=1))
+    for name in ("_print_cost", "_print_times"):
+        monkeypatch.setattr(inspect, name, lambda *_arguments, **_options: None)
+    for shown in ([], ["--cost"], ["--graph"], ["--time"]):
+        proposed = unclip_here("plan", recipe, "--until", "embed", *shown).stderr.splitlines()[1:]
+        assert proposed
+        for command in proposed:
+            assert f"{recipe} --until embed" in command
+
+
+def test_a_job_that_failed_is_submitted_again_with_the_same_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.runtime import jobs, resubmit
+
+    submission = jobs.Submission("demo-1", "submitted", "http://h:1")
+    monkeypatch.setattr(resubmit, "submit_recipe", lambda *_arguments, **_options: submission)
+    monkeypatch.setattr(resubmit, "follow_job", lambda *_: 3)
+    words = [
+        "configs/demo.toml",
+        "--set",
+        "seed=4",
+        "--until",
+        "embed",
+        "--address",
+        "http://h:1",
+        "--follow",
+        "--again",
+    ]
+    done = unclip_here("submit", *words)
+    assert done.stderr.splitlines()[:2] == ["next:", f"  unclip submit {shlex.join(words)}"]
 
 
 def test_a_job_can_be_interrupted_although_its_cluster_ignores_ctrl_c(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """A run of a recipe: which steps start at once, and how SIGTERM ends it."""
 
+import contextlib
 import re
 import signal
 import time
@@ -13,6 +14,7 @@ import pytest
 import ray
 
 from pipeline.data.pairs import Part, write_index
+from pipeline.data.retries import NONE, waiting_retries
 from pipeline.errors import ConfigError, StepError
 from pipeline.recipe.plan import artifact_of, make_plan, manifest_of, plan_status
 from pipeline.recipe.recipe import load_recipe
@@ -23,8 +25,9 @@ from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.tracking.run import Tracking
 from pipeline.workspace.forgotten import Pending
 from pipeline.workspace.lock import in_use
+from pipeline.workspace.manifest import ShardRecord, content_of
 from pipeline.workspace.progress import Progress, read_progress
-from pipeline.workspace.store import INPUTS, Workspace
+from pipeline.workspace.store import INPUTS, MANIFEST, Workspace
 from tests.ports import free_port
 from tests.tiny.command import ROOT, start_unclip, unclip, unclip_here
 from tests.tiny.recipe import write_recipe
@@ -129,6 +132,83 @@ def test_what_is_read_is_not_made_anew(tmp_path: Path) -> None:
         pytest.raises(ConfigError, match="--force: clip is in use by process"),
     ):
         run._to_make_anew(workspace, statuses, {"clip"})
+
+
+def _download_of_two_lists(workspace: Path, *, is_new: bool) -> dict[str, StepContext]:
+    """A finished download, whose pairs were made anew with other rows since then if ``is_new``."""
+    steps = _contexts(workspace, "tracking.uri=off")
+    pairs, download = steps["pairs"], steps["download"]
+    pairs.output.write_bytes("00000.parquet", b"old")
+    manifest = manifest_of(pairs.step, pairs.output)
+    pairs.output.commit(manifest)
+    download.output.write_bytes("00000.tar", b"old")
+    files = {"00000.tar": download.output.describe("00000.tar")}
+    download.output.commit_shard(ShardRecord(shard="00000", counts={"in": 1, "ok": 1}, files=files))
+    contents = {"pairs": content_of(manifest)}
+    download.output.commit(replace(manifest_of(download.step, download.output), input_contents=contents))
+    if is_new:
+        pairs.output.clear()
+        pairs.output.write_bytes("00000.parquet", b"new")
+        pairs.output.commit(manifest_of(pairs.step, pairs.output))
+    return steps
+
+
+class _NoTask:
+    """In the place of the task of a step."""
+
+    def options(self, **_options: Any) -> "_NoTask":
+        return self
+
+    def remote(self, _context: StepContext) -> None:
+        """Submit nothing."""
+
+
+@pytest.mark.parametrize("is_new", [False, True])
+def test_a_retry_keeps_shards_of_the_same_list_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_new: bool
+) -> None:
+    steps = _download_of_two_lists(tmp_path, is_new=is_new)
+    context, output = replace(steps["download"], retry_failed="http"), steps["download"].output
+    statuses = plan_status(Workspace(context.root), [steps[name].step for name in ("pairs", "download")])
+    run._reopened(Workspace(context.root), statuses[1], "http")
+    assert waiting_retries(output) == ["http"]
+    assert not output.exists(MANIFEST)
+    monkeypatch.setattr(step_task, "run_step", _NoTask())
+    for name in ("cluster_has_roles", "controller_options"):  # both ask Ray
+        monkeypatch.setattr(step_task, name, lambda **_options: {})
+    tracking: Any = SimpleNamespace(started=lambda _context: None)
+    step_task.start_step(context, tracking)
+    assert [name for name in output.names() if not name.startswith("live/")] == (
+        [] if is_new else ["00000.done.json", "00000.tar"]
+    )
+    pairs = steps["pairs"].output.manifest()
+    assert pairs is not None
+    assert output.read_json(INPUTS) == {"pairs": content_of(pairs)}
+    assert waiting_retries(output) == ["http"]  # of what is downloaded anew, too
+
+
+def test_a_retry_that_was_stopped_can_be_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = _download_of_two_lists(tmp_path, is_new=False)
+    context = steps["download"]
+    workspace, both = Workspace(context.root), [steps[name].step for name in ("pairs", "download")]
+    run._reopened(workspace, plan_status(workspace, both)[1], "http")
+    statuses, warnings, started = plan_status(workspace, both), list[str](), list[str]()
+    assert [status.state for status in statuses] == ["done", "partial"]
+    observer: Any = SimpleNamespace(warned=warnings.append)
+    run._tell_retries(workspace, statuses, "", observer)
+    assert "`--retry-failed none` gives that up" in warnings.pop()
+
+    def finish(*arguments: Any) -> None:
+        started.append(arguments[-1])
+        context.output.commit(manifest_of(context.step, context.output))
+
+    for name in ("connect", "watched_head"):
+        monkeypatch.setattr(run, name, lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(run, "note_run", lambda _root: None)
+    monkeypatch.setattr(run, "_run_steps", finish)
+    run.run_recipe(context.recipe, statuses, observer, retry_failed=NONE)
+    assert (started, warnings, waiting_retries(context.output)) == ([""], [], [])
+    assert plan_status(workspace, both)[1].state == "done"
 
 
 def test_a_run_warns_of_a_checkpoint_that_will_be_removed(tmp_path: Path) -> None:
