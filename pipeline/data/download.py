@@ -30,6 +30,7 @@ from pipeline.data.mends import repair_hint
 from pipeline.data.pairs import Pairs
 from pipeline.data.resize import Boxes, StoredPicture, read_boxes
 from pipeline.data.rows import numbered_names, require_columns
+from pipeline.data.shard_tables import PLACE_FIELDS
 from pipeline.data.shard_writer import (
     FAILED_TO_DOWNLOAD,
     FAILED_TO_RESIZE,
@@ -60,7 +61,7 @@ OnProgress = Callable[[int, Counter[str]], None]
 
 SHARD_DIGITS = 5
 _PASSED_THROUGH = ("uid", "split")
-_RESERVED = frozenset({"caption", "url", "md5", "sha256", "sha512"} | dict(RESULT_FIELDS).keys())
+_RESERVED = frozenset({"caption", "url", "md5", "sha256", "sha512"} | dict([*RESULT_FIELDS, *PLACE_FIELDS]).keys())
 _MEMORY_BYTES = 64 << 20
 """Part of a shard's stored pictures that stays in memory until they are written."""
 _PROGRESS_S = 2.0

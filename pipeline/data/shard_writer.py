@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.causes import cause_of, is_in_class
+from pipeline.data.shard_tables import PLACE_FIELDS, Place
 from pipeline.data.tar_index import index_tar, picture_span
 from pipeline.workspace.hashing import HashedFile
 
@@ -34,7 +35,8 @@ RESULT_FIELDS = (
     ("original_height", pa.int32()),
     ("exif", pa.string()),
 )
-"""The columns of img2dataset after those of the pairs; a column with the checksum follows, named by its kind."""
+"""The columns of img2dataset after those of the pairs; a column with the checksum follows, named by its kind. The table
+has ``PLACE_FIELDS`` behind them."""
 
 _NUM_REPEATED = 20
 _SIZE, _CHECKSUM = slice(124, 135), slice(148, 155)
@@ -101,7 +103,7 @@ def write_shard(
 
     Args:
         rows: All rows, sorted by key.
-        schema: Columns of the table.
+        schema: Columns of the rows; the table has the places of the pictures besides.
         extension: Suffix of the pictures, without a dot.
         files: The files to write.
         start: When the shard was begun, in seconds since the epoch.
@@ -110,14 +112,16 @@ def write_shard(
         Numbers of rows: ``in`` = ``ok`` + ``failed_to_download`` + ``failed_to_resize``.
     """
     columns = {name: [row.values[name] for row in rows] for name in schema.names}
-    with HashedFile(files.parquet) as stream:
-        pq.write_table(pa.table(columns, schema=schema), stream)
     with HashedFile(files.tar) as stream:
-        for row in rows:
-            if row.picture is not None:
-                _add_sample(stream, row, extension)
+        places = [None if row.picture is None else _add_sample(stream, row, extension) for row in rows]
         end = stream.tell() + 2 * tarfile.BLOCKSIZE
         stream.write(bytes(end - stream.tell() + -end % tarfile.RECORDSIZE))
+    of_table = columns | {
+        name: [place and place[number] for place in places] for number, (name, _) in enumerate(PLACE_FIELDS)
+    }
+    with HashedFile(files.parquet) as stream:
+        fields = [*schema, *(pa.field(*field) for field in PLACE_FIELDS)]
+        pq.write_table(pa.table(of_table, schema=pa.schema(fields, metadata=schema.metadata)), stream)
     statuses = Counter(columns["status"])
     totals = {
         "count": len(rows),
@@ -134,7 +138,7 @@ def write_shard(
 
 
 def read_shard(tar: Path, parquet: Path, stream: IO[bytes]) -> tuple[list[ShardRow], pa.Schema]:
-    """The rows of a written shard, sorted by key.
+    """The rows of a written shard, sorted by key, and their columns, as ``write_shard`` takes both.
 
     Args:
         tar: Its pictures.
@@ -142,6 +146,7 @@ def read_shard(tar: Path, parquet: Path, stream: IO[bytes]) -> tuple[list[ShardR
         stream: The tar, open for reading; the rows' pictures are read from it.
     """
     table = pq.read_table(parquet).sort_by("key")
+    table = table.select([name for name in table.column_names if name not in Place._fields])
     members = index_tar(tar)
     rows: list[ShardRow] = []
     for values in table.to_pylist():
@@ -187,16 +192,20 @@ def repeated_pictures(stats: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"digest": name, "urls": count, "url": examples[name]} for name, count in urls.most_common(_NUM_REPEATED)]
 
 
-def _add_sample(stream: HashedFile, row: ShardRow, extension: str) -> None:
+def _add_sample(stream: HashedFile, row: ShardRow, extension: str) -> Place:
+    """Add the files of a row to a tar; returns where its picture lies."""
     assert row.picture is not None
-    key, caption = row.values["key"], row.values["caption"]
+    key, caption, picture, offset = row.values["key"], row.values["caption"], row.picture.read(), 0
     files = {
-        extension: row.picture.read(),
+        extension: picture,
         "json": _indented(row.values).encode(),
         "txt": ("" if caption is None else str(caption)).encode(),
     }
     for suffix in sorted(files):
+        if suffix == extension:
+            offset = stream.tell() + tarfile.BLOCKSIZE
         _write_member(stream, f"{key}.{suffix}", files[suffix])
+    return Place.of(row.values["uid"], picture, offset)
 
 
 def _indented(values: dict[str, Any]) -> str:

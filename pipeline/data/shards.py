@@ -1,13 +1,12 @@
 """Readers of img2dataset's shards: they match the pictures of a tar with the rows of its table by key and uid.
 
-Every read of a picture gives its key and its uid, and the uid is compared with the picture's json in the tar. So the
-first read detects a tar that does not belong to the table, the embeddings or the index.
+Every read of a picture gives its key and its uid, and the uid is compared with the picture's json in the tar, or both
+with the checksum that the shard's table has of them. So the first read detects a tar that does not belong to the table,
+the embeddings or the index.
 """
 
 import functools
 import json
-import os
-import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from pipeline.data.list_columns import CAPTION_COLUMNS
 from pipeline.data.mends import repair_hint
 from pipeline.data.rows import make_uid
 from pipeline.data.shard_tables import TAKEN_IN, good_rows, read_table
-from pipeline.data.tar_index import Members, find_in_tar, index_tar, picture_span
+from pipeline.data.tar_files import FarTar, LocalTar
+from pipeline.data.tar_index import Members, find_in_tar, picture_span
 from pipeline.errors import DataError
 from pipeline.pictures import decode
 from pipeline.workspace.store import Artifact
@@ -29,6 +29,7 @@ pc: Any = pyarrow.compute  # its functions are created at import, so a type chec
 
 _SEARCHES = 700  # in one tar, as long as reading all headers of 10,000 pictures
 _OPEN_SHARDS = 16  # the index of a tar of 10,000 pictures takes 8 MB
+_RANGED_SHARDS = 64  # the pictures of one search are in as many shards, 40 by default; of each the places are kept
 
 
 def sample_url(record: Mapping[str, Any], shard: str, key: str) -> str:
@@ -50,8 +51,6 @@ def sample_caption(record: Mapping[str, Any], text: bytes) -> str:
 class ShardPictures:
     """Random access to the stored pictures of one shard; several threads may read at once.
 
-    It holds the tar's index and one file handle, which is closed when the object is garbage-collected.
-
     Args:
         tar: Pictures of the shard.
         shard: Name of the shard, for messages.
@@ -63,21 +62,19 @@ class ShardPictures:
         DataError: If the file is not a readable tar.
     """
 
-    def __init__(self, tar: Path, shard: str, *, indexed: bool = True, members: Members | None = None) -> None:
-        self._tar = tar
+    def __init__(self, tar: Path | FarTar, shard: str, *, indexed: bool = True, members: Members | None = None) -> None:
+        self._tar = LocalTar(tar) if isinstance(tar, Path) else tar
         self._shard = shard
-        self._index = index_tar(tar) if members is None and indexed else members
+        self._index = self._tar.members() if members is None and indexed else members
         self._num_searches = 0
-        self._file = os.open(tar, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._file)
 
     def __reduce__(self) -> tuple[Any, tuple[Path, str, Members]]:
-        return (_open_pictures, (self._tar, self._shard, self._members()))
+        return (_open_pictures, (self._local(), self._shard, self._members()))
 
     def part(self, keys: Sequence[str]) -> "ShardPictures":
         """The same tar with these keys alone: small enough to send to another process."""
         members = self._members()
-        return _open_pictures(self._tar, self._shard, {key: members[key] for key in keys if key in members})
+        return _open_pictures(self._local(), self._shard, {key: members[key] for key in keys if key in members})
 
     def keys(self) -> set[str]:
         """Keys of the rows that have files in the tar."""
@@ -89,12 +86,13 @@ class ShardPictures:
         Raises:
             DataError: If the tar has no such picture, or has another uid for it.
         """
-        files = self._files(key)
+        data = self._tar.picture(key, uid)
+        if data is not None:
+            return data
+        files, tar = self._files(key), self._tar.file
         picture = picture_span(files)
         if picture is None or not files.keys() & {"json", "txt"}:
-            raise DataError(
-                f"{self.where(key, uid)}: no picture and json of this key in {self._tar}; {repair_hint(self._tar)}"
-            )
+            raise DataError(f"{self.where(key, uid)}: no picture and json of this key in {tar}; {repair_hint(tar)}")
         try:
             record = json.loads(self._read(files["json"])) if "json" in files else {}
             text = self._read(files["txt"]) if "txt" in files else b""
@@ -105,13 +103,16 @@ class ShardPictures:
                 tar_uid = computed if computed == uid else tar_uid or computed
         except (ValueError, AttributeError) as error:
             raise DataError(
-                f"{self.where(key, uid)}: malformed json in {self._tar} ({error!r}); {repair_hint(self._tar)}"
+                f"{self.where(key, uid)}: malformed json in {tar} ({error!r}); {repair_hint(tar)}"
             ) from None
         if tar_uid != uid:
+            raise DataError(f"{self.where(key, uid)}: the row has uid {tar_uid} in {tar}; {repair_hint(tar)}")
+        data = self._read(picture)
+        if not self._tar.is_right(key, uid, data):
             raise DataError(
-                f"{self.where(key, uid)}: the row has uid {tar_uid} in {self._tar}; {repair_hint(self._tar)}"
+                f"{self.where(key, uid)}: the picture in {tar} does not match its checksum; {repair_hint(tar)}"
             )
-        return self._read(picture)
+        return data
 
     def decode(self, key: str, uid: str) -> Image.Image:
         """The picture of a row, upright and RGB.
@@ -124,21 +125,28 @@ class ShardPictures:
     def _files(self, key: str) -> dict[str, tuple[int, int]]:
         if self._index is None and self._num_searches < _SEARCHES:
             self._num_searches += 1
-            files = find_in_tar(self._tar, self._file, key)
+            files = find_in_tar(str(self._tar.file), self._tar.read, self._tar.num_bytes, key)
             if picture_span(files) and "json" in files:
                 return files
         return self._members().get(key, {})
 
     def _members(self) -> Members:
         if self._index is None:
-            self._index = index_tar(self._tar)
+            self._index = self._tar.members()
         return self._index
 
     def _read(self, span: tuple[int, int]) -> bytes:
-        data = os.pread(self._file, span[1], span[0])
+        data = self._tar.read(span[0], span[0] + span[1])
         if len(data) < span[1]:
-            raise DataError(f"{self._tar}: truncated at byte {span[0] + len(data)}; {repair_hint(self._tar)}")
+            tar = self._tar.file
+            raise DataError(f"{tar}: truncated at byte {span[0] + len(data)}; {repair_hint(tar)}")
         return data
+
+    def _local(self) -> Path:
+        """The tar, for another process of this machine."""
+        if isinstance(self._tar.file, Path):
+            return self._tar.file
+        raise TypeError("a tar that is read by ranges stays in its process")
 
     def where(self, key: str, uid: str) -> str:
         """Name of a row in messages."""
@@ -154,11 +162,15 @@ class StoredPictures:
 
     Args:
         download: The download step's artifact.
+        by_ranges: Whether of a tar in an object store only the pictures are fetched that are read, which is for some
+            pictures of many shards; else the tar is fetched whole.
     """
 
-    def __init__(self, download: Artifact) -> None:
+    def __init__(self, download: Artifact, *, by_ranges: bool = False) -> None:
         self._download = download
-        self._open = functools.lru_cache(_OPEN_SHARDS)(self.shard)
+        # A web server may know no ranges.
+        self._by_ranges = by_ranges and not download.uri.startswith(("http://", "https://"))
+        self._open = functools.lru_cache(_RANGED_SHARDS if by_ranges else _OPEN_SHARDS)(self.shard)
 
     def shard(self, shard: str) -> ShardPictures:
         """Open one shard.
@@ -166,7 +178,10 @@ class StoredPictures:
         Raises:
             DataError: If the shard is missing or damaged.
         """
-        return ShardPictures(self._download.path(f"{shard}.tar"), shard, indexed=False)
+        name = f"{shard}.tar"
+        tar = self._download.ranged(name) if self._by_ranges else self._download.path(name)
+        tar = tar if isinstance(tar, Path) else FarTar(self._download, shard, tar)
+        return ShardPictures(tar, shard, indexed=False)
 
     def read(self, shard: str, key: str, uid: str) -> bytes:
         """See ``ShardPictures.read``."""

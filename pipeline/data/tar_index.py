@@ -1,7 +1,7 @@
 """Where the files of a shard's tar lie: all of them by their headers, or those of one key by bisection."""
 
-import os
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.data.mends import repair_hint
@@ -14,6 +14,8 @@ _END = bytes(_BLOCK_BYTES)
 
 Members = dict[str, dict[str, tuple[int, int]]]
 """Span of each file in a tar, (offset, size) in bytes, by key and by extension."""
+ReadBytes = Callable[[int, int], bytes]
+"""Reads a file from one offset to another; fewer bytes where it ends."""
 
 
 def index_tar(path: Path, *, hint: str = "") -> Members:
@@ -46,12 +48,13 @@ def index_tar(path: Path, *, hint: str = "") -> Members:
             offset += _BLOCK_BYTES + -(-size // _BLOCK_BYTES) * _BLOCK_BYTES
 
 
-def find_in_tar(path: Path, file: int, key: str) -> dict[str, tuple[int, int]]:
-    """The files of one key in a tar whose keys ascend, by bisection: some 20 reads of 64 KiB, whatever its size.
+def find_in_tar(name: str, read: ReadBytes, num_bytes: int, key: str) -> dict[str, tuple[int, int]]:
+    """The files of one key in a tar whose keys ascend, by bisection: some 15 reads of 64 KiB, whatever its size.
 
     Args:
-        path: The tar, for messages.
-        file: Descriptor of the tar.
+        name: Name of the tar, for messages.
+        read: Reads bytes of it.
+        num_bytes: Its size.
         key: The key.
 
     Returns:
@@ -61,36 +64,42 @@ def find_in_tar(path: Path, file: int, key: str) -> dict[str, tuple[int, int]]:
         DataError: If a header is damaged.
     """
     # There is a header at ``low``; the first header from ``high`` on has this key or a later one.
-    low, high = 0, path.stat().st_size
+    low, high = 0, num_bytes
     while high - low > _SEARCH_BYTES:
         middle = (low + high) // 2 // _BLOCK_BYTES * _BLOCK_BYTES
-        place = _next_header(file, middle, high)
-        if place is None or _member_at(path, file, place)[0] >= key:
+        place, header = _next_header(read, middle, high)
+        if place is None or _member_of(header, name, place)[0] >= key:
             high = middle
         else:
             low = place
     files: dict[str, tuple[int, int]] = {}
-    while _is_header(os.pread(file, _BLOCK_BYTES, low)):
-        stem, extension, size = _member_at(path, file, low)
+    start, data = low, b""
+    while True:
+        if low + _BLOCK_BYTES > start + len(data):
+            start, data = low, read(low, low + _SEARCH_BYTES)
+        header = data[low - start : low - start + _BLOCK_BYTES]
+        if not _is_header(header):
+            return files
+        stem, extension, size = _member_of(header, name, low)
         if stem > key:
-            break
+            return files
         if stem == key:
             files[extension] = (low + _BLOCK_BYTES, size)
         low += _BLOCK_BYTES + -(-size // _BLOCK_BYTES) * _BLOCK_BYTES
-    return files
 
 
-def _next_header(file: int, start: int, stop: int) -> int | None:
-    """Offset of the first header from ``start`` on; None if there is none before ``stop``."""
+def _next_header(read: ReadBytes, start: int, stop: int) -> tuple[int | None, bytes]:
+    """The first header from ``start`` on, and its offset; None if there is none before ``stop``."""
     while start < stop:
-        data = os.pread(file, _SEARCH_BYTES, start)
+        data = read(start, start + _SEARCH_BYTES)
         for offset in range(0, len(data) - _BLOCK_BYTES + 1, _BLOCK_BYTES):
-            if _is_header(data[offset : offset + _BLOCK_BYTES]):
-                return start + offset if start + offset < stop else None
+            header = data[offset : offset + _BLOCK_BYTES]
+            if _is_header(header):
+                return (start + offset, header) if start + offset < stop else (None, b"")
         if len(data) < _SEARCH_BYTES:
-            return None
+            break
         start += _SEARCH_BYTES
-    return None
+    return None, b""
 
 
 def _is_header(block: bytes) -> bool:
@@ -101,13 +110,13 @@ def _is_header(block: bytes) -> bool:
     return checksum.isdigit() and int(checksum, 8) == sum(block) - sum(block[148:156]) + 8 * ord(" ")
 
 
-def _member_at(path: Path, file: int, offset: int) -> tuple[str, str, int]:
-    """Key, extension and size of the file whose header is at ``offset``."""
-    name, size = _read_header(os.pread(file, _BLOCK_BYTES, offset), path, offset)
+def _member_of(header: bytes, tar: str, offset: int) -> tuple[str, str, int]:
+    """Key, extension and size of the file with a header."""
+    name, size = _read_header(header, tar, offset, "")
     return *_key_and_extension(name), size
 
 
-def _read_header(header: bytes, path: Path, offset: int, hint: str = "") -> tuple[str, int]:
+def _read_header(header: bytes, tar: Path | str, offset: int, hint: str) -> tuple[str, int]:
     """Name and size in a ustar header (POSIX.1-1988)."""
     checksum = header[148:156]
     try:
@@ -117,7 +126,7 @@ def _read_header(header: bytes, path: Path, offset: int, hint: str = "") -> tupl
     except ValueError:
         is_whole, name, prefix, size_bytes = False, "", "", 0
     if not is_whole:
-        raise DataError(f"{path}: damaged tar (header at byte {offset}); {hint or repair_hint(path)}")
+        raise DataError(f"{tar}: damaged tar (header at byte {offset}); {hint or repair_hint(tar)}")
     return f"{prefix}/{name}" if prefix else name, size_bytes
 
 

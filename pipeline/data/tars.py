@@ -21,7 +21,7 @@ from pipeline.data.json_lists import parse_json
 from pipeline.data.lists import require_parts
 from pipeline.data.reading import MAX_CELL, Reading, within_limit
 from pipeline.data.rows import make_uid
-from pipeline.data.shard_tables import TAKEN_IN
+from pipeline.data.shard_tables import PLACE_FIELDS, TAKEN_IN, Place
 from pipeline.data.shards import sample_caption, sample_url
 from pipeline.data.tar_index import index_tar, picture_span
 from pipeline.errors import DataError
@@ -176,7 +176,7 @@ def take_in(uri: str, pairs: pa.Table, shard: str, output: Artifact) -> dict[str
 
 def _schema(pairs: pa.Schema) -> pa.Schema:
     fields = [("status", pa.string()), ("error_message", pa.string()), *((name, pa.int32()) for name in _SIZES)]
-    fields += [("exif", pa.string()), ("sha256", pa.string())]
+    fields += [("exif", pa.string()), ("sha256", pa.string()), *PLACE_FIELDS]
     # The tar may hold pictures that are no rows: repeated pairs, and samples that cannot be read.
     return pa.schema([*pairs, *(pa.field(*one) for one in fields)], metadata={TAKEN_IN: b"as it is"})
 
@@ -192,6 +192,7 @@ def _picture_columns(stream: IO[bytes], sample: TarSample) -> dict[str, Any]:
         **sizes,
         "exif": exif if isinstance(exif, str) else None,
         "sha256": sha256 if isinstance(sha256, str) else hashlib.sha256(picture).hexdigest(),
+        **Place.of(sample.uid, picture, sample.span[0])._asdict(),
     }
 
 

@@ -131,7 +131,7 @@ class Gallery:
 
     def _neighbours(self, neighbours: TrainingNeighbours, download: Artifact) -> Rows:
         entries: Rows = []
-        stored = StoredPictures(download)
+        stored = StoredPictures(download, by_ranges=True)
         rows = self._firsts[:NUM_STAGES]
         for row, neighbours_of_row in zip(rows, neighbours.find(matrix(rows, "z_image")), strict=True):
             pictures: Rows = [{"file": row["file"], "label": "sample", "caption": row["prompt"]}]

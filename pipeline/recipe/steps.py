@@ -56,7 +56,7 @@ _BEFORE_EVALUATE = (
     StepRow(
         name="download",
         title="Download",
-        version=5,
+        version=6,
         inputs=("pairs",),
         runner="pipeline.runtime.download:run_download",
         role="download",

@@ -257,7 +257,7 @@ def _pictures_of(embed: str) -> StoredPictures:
     download = _download_of(embed)
     if download is None:
         raise DataError(f"{embed}: these embeddings name no download with their pictures")
-    return StoredPictures(download)
+    return StoredPictures(download, by_ranges=True)
 
 
 def _download_of(embed: str) -> Artifact | None:

@@ -66,6 +66,12 @@ def status_of(error: Exception) -> int:
     return status if isinstance(status, int) and status else int(code) if code.isdigit() else 0
 
 
+def is_beyond_end(error: BaseException) -> bool:
+    """Whether a range was asked for of which the file has no byte."""
+    is_416 = isinstance(error, Exception) and status_of(error) == 416
+    return is_416 or (isinstance(error, OSError) and error.errno == errno.EINVAL)  # s3fs's number for it
+
+
 def passes(error: Exception) -> bool:
     """Whether a request that failed so may succeed later."""
     if isinstance(error, PermissionError):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data import shards
+from pipeline.data import shards, tar_files
 from pipeline.data.shards import ShardPictures
-from pipeline.data.tar_index import find_in_tar, index_tar
+from pipeline.data.tar_index import ReadBytes, find_in_tar, index_tar
 from pipeline.errors import DataError
 from tests.tiny.shards import write_tar
 
@@ -30,14 +30,16 @@ def test_every_key_is_found_with_its_files(tmp_path: Path) -> None:
     tar = tmp_path / "00000.tar"
     keys = [f"00000{number:04d}" for number in range(0, 400, 2)]
     _write(tar, keys)
-    file = os.open(tar, os.O_RDONLY)
-    members = index_tar(tar)
-    results = {key: find_in_tar(tar, file, key) for key in keys}
+    members, content = index_tar(tar), tar.read_bytes()
+
+    def find(key: str) -> dict[str, tuple[int, int]]:
+        return find_in_tar(str(tar), lambda start, stop: content[start:stop], len(content), key)
+
+    results = {key: find(key) for key in keys}
     # The picture that is a tar may lead a search astray; then it finds nothing, never something else.
     assert all(files in ({}, members[key]) for key, files in results.items())
     assert sum(files != {} for files in results.values()) > 0.9 * len(keys)
-    assert all(find_in_tar(tar, file, key) == {} for key in ("", "000000001", "000000399", "1"))
-    os.close(file)
+    assert all(find(key) == {} for key in ("", "000000001", "000000399", "1"))
     pictures = ShardPictures(tar, "00000", indexed=False)
     for key in random.Random(1).sample(keys, len(keys)):
         start, size = members[key]["jpg"]
@@ -54,8 +56,8 @@ def test_one_picture_takes_a_few_reads_of_a_large_tar(tmp_path: Path, monkeypatc
         num_bytes[0] += len(data)
         return data
 
-    monkeypatch.setattr(shards.os, "pread", counted)
-    monkeypatch.setattr(shards, "index_tar", None)
+    monkeypatch.setattr(os, "pread", counted)
+    monkeypatch.setattr(tar_files, "index_tar", None)
     ShardPictures(tar, "00000", indexed=False).read("000000777", "000000777")
     assert 0 < num_bytes[0] < 0.1 * tar.stat().st_size
 
@@ -78,9 +80,9 @@ def test_many_pictures_of_one_tar_read_its_headers_once(tmp_path: Path, monkeypa
     _write(tar, keys)
     pictures, searches = ShardPictures(tar, "00000", indexed=False), [0]
 
-    def counted(path: Path, file: int, key: str) -> dict[str, tuple[int, int]]:
+    def counted(name: str, read: ReadBytes, num_bytes: int, key: str) -> dict[str, tuple[int, int]]:
         searches[0] += 1
-        return find_in_tar(path, file, key)
+        return find_in_tar(name, read, num_bytes, key)
 
     monkeypatch.setattr(shards, "find_in_tar", counted)
     monkeypatch.setattr(shards, "_SEARCHES", 64)

@@ -1,0 +1,117 @@
+"""The tar of a shard: on this machine, or in an object store, from which only what is read is fetched."""
+
+import os
+import weakref
+from functools import cached_property
+from pathlib import Path
+
+from pipeline.data.shard_tables import Places
+from pipeline.data.tar_index import Members, index_tar
+from pipeline.errors import StepError
+from pipeline.workspace.ranged_file import RangedFile
+from pipeline.workspace.store import Artifact
+from pipeline.workspace.store_errors import is_beyond_end
+
+
+class LocalTar:
+    """A tar on this machine; its one file handle is closed when the object is garbage-collected.
+
+    Args:
+        path: The tar.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.file: Path | str = path
+        """What messages and ``repair_hint`` call it."""
+        self._path = path
+        self._handle = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._handle)
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size."""
+        return os.fstat(self._handle).st_size
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Bytes of it; fewer where it ends."""
+        return os.pread(self._handle, stop - start, start)
+
+    def picture(self, key: str, uid: str) -> bytes | None:  # noqa: ARG002  (its headers are at hand)
+        """None: see ``FarTar.picture``."""
+        return None
+
+    def is_right(self, key: str, uid: str, picture: bytes) -> bool:  # noqa: ARG002  (it was compared as a whole)
+        """True: see ``FarTar.is_right``."""
+        return True
+
+    def members(self) -> Members:
+        """Its index, by all headers."""
+        return index_tar(self._path)
+
+
+class FarTar:
+    """A tar in an object store.
+
+    Args:
+        download: The download step's artifact.
+        shard: Name of the shard.
+        stream: The tar.
+
+    Raises:
+        DataError: If the shard's table is missing or damaged.
+    """
+
+    def __init__(self, download: Artifact, shard: str, stream: RangedFile) -> None:
+        self.file: Path | str = f"{download.uri}/{shard}.tar"
+        """What messages and ``repair_hint`` call it."""
+        self._download = download
+        self._shard = shard
+        self._stream = stream
+        self._places = self._read_places()
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Its size."""
+        return self._stream.seek(0, os.SEEK_END)
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Bytes of it, by one request; fewer where it ends."""
+        if start >= stop:
+            return b""
+        try:
+            [data] = self._stream.read_ranges([start], [stop])
+        except StepError as error:
+            if error.__cause__ is None or not is_beyond_end(error.__cause__):
+                raise
+            return b""
+        return data
+
+    def picture(self, key: str, uid: str) -> bytes | None:
+        """The picture of a row, by one request, from where the shard's table says that it lies.
+
+        None if the table does not say it, or if something else lies there.
+        """
+        for _ in range(2):
+            place = self._places.find(key)
+            if place is None:
+                return None
+            data = self.read(place.picture_offset, place.picture_offset + place.picture_bytes)
+            if place.holds(uid, data):
+                return data
+            self._places = self._read_places()  # `forget` may have written the shard again since
+        return None
+
+    def is_right(self, key: str, uid: str, picture: bytes) -> bool:
+        """Whether a picture that was found by its headers is what the table says, as far as the table says anything.
+
+        Nothing has compared the tar with the checksum of its record, as is done where it is fetched whole.
+        """
+        place = self._places.find(key)
+        return place is None or place.holds(uid, picture)
+
+    def members(self) -> Members:
+        """Its index, by all headers: it is fetched whole."""
+        return index_tar(self._download.path(f"{self._shard}.tar"))
+
+    def _read_places(self) -> Places:
+        return Places(self._download.path(f"{self._shard}.parquet"))

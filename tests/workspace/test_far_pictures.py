@@ -1,0 +1,226 @@
+"""A picture in the tar of an object store is fetched alone: what it costs, and that it is the right one."""
+
+import asyncio
+import io
+import json
+import random
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.data import shards
+from pipeline.data.make_pairs import write_pairs
+from pipeline.data.pairs import Pairs
+from pipeline.data.rows import make_uid
+from pipeline.data.shard_tables import Place
+from pipeline.data.shard_writer import RESULT_FIELDS, ShardFiles, ShardRow, Span, write_shard
+from pipeline.data.shards import StoredPictures
+from pipeline.data.sources import Source
+from pipeline.data.tars import take_in
+from pipeline.errors import DataError
+from pipeline.forget.rewrite import rewrite
+from pipeline.recipe.pairs_sections import PairsConfig
+from pipeline.recipe.sections import IndexConfig
+from pipeline.retrieve.build import build_index
+from pipeline.retrieve.retriever import Retriever
+from pipeline.serve.local_neighbours import LocalNeighbours
+from pipeline.workspace.forgotten import Forgotten, Rewrite
+from pipeline.workspace.manifest import Manifest, ShardRecord
+from pipeline.workspace.store import Artifact, Workspace
+from tests.s3_server import Request, S3Server
+from tests.tiny.shards import write_tar, write_vectors
+
+_ROWS, _DIM = 40, 16
+_SCHEMA = pa.schema(
+    [*((name, pa.string()) for name in ("uid", "split", "caption", "url")), *RESULT_FIELDS, ("sha256", pa.string())]
+)
+
+
+def _picture(shard: str, row: int) -> bytes:
+    """What begins as a JPEG file; no two are alike."""
+    return b"\xff\xd8" + random.Random(f"{shard} {row}").randbytes(40_000 + 100 * row)
+
+
+def _row(shard: str, row: int) -> dict[str, Any]:
+    url, caption, is_good = f"http://a/{shard}/{row}.jpg", f"caption {row}", row % 9 != 8
+    values = dict.fromkeys(_SCHEMA.names) | {"uid": make_uid(url, caption), "url": url, "caption": caption}
+    values |= {"split": "train", "key": f"{shard}{row:02d}", "status": "success" if is_good else "failed_to_download"}
+    sizes = ("width", "height", "original_width", "original_height")
+    return values | (dict.fromkeys(sizes, 64) if is_good else {"error_message": "dns"})
+
+
+def _write(download: Artifact, shard: str) -> list[dict[str, Any]]:
+    """Commit a shard as a download writes it; returns its good rows."""
+    names, values = [f"{shard}.tar", f"{shard}.parquet", f"{shard}_stats.json"], [_row(shard, n) for n in range(_ROWS)]
+    pictures = [_picture(shard, number) for number in range(_ROWS)]
+    rows = [
+        ShardRow(row, Span(io.BytesIO(data), 0, len(data)) if row["status"] == "success" else None)
+        for row, data in zip(values, pictures, strict=True)
+    ]
+    with download.write(names[0]) as tar, download.write(names[1]) as table, download.write(names[2]) as stats:
+        counts = dict(write_shard(rows, _SCHEMA, "jpg", ShardFiles(tar, table, stats), start=0.0))
+    files = {name: download.describe(name) for name in names}
+    download.commit_shard(ShardRecord(shard=shard, counts=counts, files=files))
+    return [row for row in values if row["status"] == "success"]
+
+
+def _elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """From here on this is a machine that has none of the files."""
+    cache = tmp_path / "of-another-machine"
+    shutil.rmtree(cache, ignore_errors=True)
+    monkeypatch.setenv("UNCLIP_CACHE", str(cache))
+
+
+def _of(requests: Sequence[Request], end: str) -> Counter[str]:
+    return Counter(one.kind for one in requests if one.name.endswith(end))
+
+
+def test_pictures_of_neighbours_cost_a_request_each_and_not_their_tars(
+    bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    workspace, query = Workspace(bucket), np.eye(_DIM, dtype=np.float32)[:1]
+    embed, download = workspace.artifact("embed", "e"), workspace.artifact("download", "d")
+    nearest = list[bytes]()
+    for number in range(3):
+        shard = f"{number:05d}"
+        rows = _write(download, shard)
+        vectors = np.random.default_rng(number).normal(size=(len(rows), _DIM))
+        vectors[7 * number] = query
+        nearest.append(_picture(shard, int(rows[7 * number]["key"][5:])))
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        write_vectors(embed, shard, rows, vectors, vectors)
+    embed.commit(Manifest(step="embed", key="e", step_version=1, section={}, inputs={"download": "d"}))
+    index = Artifact(str(tmp_path / "index"))
+    build_index(embed, index, IndexConfig(kind="flat", recall_target=1.0), seed=0)
+    tar_bytes = sum(size for name, size in download.sizes().items() if name.endswith(".tar"))
+    _elsewhere(monkeypatch, tmp_path)
+    neighbours = LocalNeighbours(Retriever.open(index))
+    for kinds in ({"HEAD": 6, "ranged GET": 3}, {"ranged GET": 3}):
+        s3_server.counted()
+        [results] = asyncio.run(neighbours.search(query, 3, "image", num_pictures=3))
+        requests = s3_server.counted()
+        assert sorted(row.picture or b"" for row in results) == sorted(nearest)
+        assert _of(requests, ".tar") == kinds
+        assert sum(one.num_bytes for one in requests if "download" in one.name) < 0.1 * tar_bytes
+    assert not [one for one in requests if one.name.endswith(".parquet") and "download" in one.name]
+
+
+def test_every_picture_is_read_at_its_place(
+    bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    download = Artifact(f"{bucket}/download/d")
+    rows = _write(download, "00000")
+    _elsewhere(monkeypatch, tmp_path)
+    pictures = StoredPictures(download, by_ranges=True)
+    for row in rows:
+        assert pictures.read("00000", row["key"], row["uid"]) == _picture("00000", int(row["key"][5:]))
+    assert _of(s3_server.counted(), ".tar")["ranged GET"] == len(rows)
+    with pytest.raises(DataError, match=r"key 0000003: uid .*: the row has uid .* in s3://.*00000.tar"):
+        pictures.read("00000", rows[3]["key"], rows[4]["uid"])
+    with pytest.raises(DataError, match=r"key 0000008: .*: no picture and json of this key"):
+        pictures.read("00000", "0000008", make_uid("http://a/00000/8.jpg", "caption 8"))
+
+
+def test_a_damaged_picture_is_refused(bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    download = Artifact(f"{bucket}/download/d")
+    rows = _write(download, "00000")
+    content = bytearray(download.read_bytes("00000.tar"))
+    table = pq.read_table(download.path("00000.parquet"), columns=list(Place._fields)).to_pylist()
+    content[table[5]["picture_offset"] + 1000] ^= 1
+    download.write_bytes("00000.tar", bytes(content))
+    _elsewhere(monkeypatch, tmp_path)
+    pictures = StoredPictures(download, by_ranges=True)
+    assert pictures.read("00000", rows[4]["key"], rows[4]["uid"]) == _picture("00000", 4)
+    with pytest.raises(
+        DataError, match=r"key 0000005: .*: the picture in s3://.*00000.tar does not match its checksum"
+    ):
+        pictures.read("00000", rows[5]["key"], rows[5]["uid"])
+
+
+def test_what_forget_leaves_is_read_at_its_new_place(
+    bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    download = Artifact(f"{bucket}/download/d")
+    rows, last = _write(download, "00000"), _row("00000", _ROWS - 1)
+    download.commit(Manifest(step="download", key="d", step_version=1, section={}, inputs={}))
+    old_tar = download.read_bytes("00000.tar")
+    _elsewhere(monkeypatch, tmp_path)
+    pictures = StoredPictures(download, by_ranges=True)
+    for row in (rows[2], last):
+        pictures.read("00000", row["key"], row["uid"])
+    # Another machine rewrites the shard, while a server reads it.
+    forgets = {row["uid"] for row in rows if int(row["key"][5:]) in {1, *range(10, 30)}}
+    forgotten = Forgotten("salt").add(forgets, 0.0, {}, ())
+    monkeypatch.setenv("UNCLIP_CACHE", str(tmp_path / "cache"))
+    rewrite(Artifact(download.uri), Rewrite("download", "d", ("00000",), "c"), forgotten, lambda: None)
+    new_tar = download.read_bytes("00000.tar")
+    _elsewhere(monkeypatch, tmp_path)
+    for row in rows:
+        number = int(row["key"][5:])
+        if row["uid"] not in forgets:
+            s3_server.counted()
+            assert pictures.read("00000", row["key"], row["uid"]) == _picture("00000", number)
+    assert _of(s3_server.counted(), ".tar") == {"ranged GET": 1}
+    with pytest.raises(DataError, match=r"key 0000001: .*: no picture and json of this key"):
+        pictures.read("00000", rows[1]["key"], rows[1]["uid"])
+    # A kill between table and tar leaves the old tar beside the new table.
+    download.write_bytes("00000.tar", old_tar)
+    assert StoredPictures(download, by_ranges=True).read("00000", last["key"], last["uid"]) == _picture("00000", 39)
+    assert len(new_tar) < len(old_tar) / 2
+
+
+def test_pictures_of_shards_that_are_taken_in_are_read_at_their_places(
+    bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    members = [
+        *((f"{'long/' * 30}{n:04d}.jpg", _picture("a", n)) for n in range(30)),
+        *((f"{'long/' * 30}{n:04d}.txt", f"caption {n}".encode()) for n in range(30)),
+    ]
+    (tmp_path / "in").mkdir()
+    write_tar(tmp_path / "in/0.tar", members)
+    listed, download = Artifact(str(tmp_path / "pairs")), Artifact(f"{bucket}/download/d")
+    write_pairs(Source(PairsConfig(source="shards", path=str(tmp_path / "in"))), listed)
+    part = Pairs(listed).part("00000")
+    take_in(str(tmp_path / "in/0.tar"), part, "00000", download)
+    _elsewhere(monkeypatch, tmp_path)
+    pictures = StoredPictures(download, by_ranges=True)
+    s3_server.counted()
+    for row in part.to_pylist():
+        number = int(row["caption"].split()[1])
+        assert pictures.read("00000", row["key"], row["uid"]) == _picture("a", number)
+    assert _of(s3_server.counted(), ".tar") == {"HEAD": 2, "ranged GET": 30}
+
+
+@pytest.mark.parametrize("is_sorted", [True, False])
+def test_a_table_without_places_costs_a_search_or_else_the_tar(
+    *, is_sorted: bool, bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    download, numbers = Artifact(f"{bucket}/download/d"), list(range(400))
+    if not is_sorted:
+        random.Random(0).shuffle(numbers)
+    members = list[tuple[str, bytes]]()
+    for number in numbers:
+        record = json.dumps({"uid": f"uid {number}"}).encode()
+        members += [(f"{number:05d}.jpg", _picture("b", number)[:20_000]), (f"{number:05d}.json", record)]
+    with download.write("00000.tar") as path:
+        write_tar(path, members)
+    with download.write("00000.parquet") as path:
+        pq.write_table(pa.table({"key": [f"{number:05d}" for number in range(400)]}), path)
+    monkeypatch.setattr(shards, "_SEARCHES", 3)
+    tar_bytes = download.sizes()["00000.tar"]
+    _elsewhere(monkeypatch, tmp_path)
+    pictures, whole = StoredPictures(download, by_ranges=True), list[int]()
+    for number in (7, 300, 399, 20):
+        s3_server.counted()
+        assert pictures.read("00000", f"{number:05d}", f"uid {number}") == _picture("b", number)[:20_000]
+        requests = [one for one in s3_server.counted() if one.name.endswith(".tar")]
+        whole.append(sum(one.num_bytes for one in requests if one.kind == "GET"))
+        assert sum(one.num_bytes for one in requests if one.kind == "ranged GET") < 0.2 * tar_bytes
+    assert whole == ([0, 0, 0, tar_bytes] if is_sorted else [tar_bytes, 0, 0, 0])
