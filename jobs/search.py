@@ -91,7 +91,7 @@ def search(
             address,
             json=json,
         )
-        return ()
+        return (f"unclip serve {recipe_words(recipe, overrides)}",)
     if not things:
         raise ConfigError(
             "search: give a text, --image FILE, --embedding FILE or --uid UID, "
