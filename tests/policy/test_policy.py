@@ -169,6 +169,14 @@ def test_decisions_are_short_dated_and_in_order() -> None:
         )
 
 
+def test_decisions_are_listed_by_subject_at_the_head_but_for_the_newest_ten() -> None:
+    head, *entries = re.split(r"^## ", (ROOT / "docs/decisions.md").read_text(), flags=re.MULTILINE)
+    titles = [entry.splitlines()[0][11:] for entry in entries]
+    listed = re.findall(r"^\[(.*)\]\(#", head, re.MULTILINE)
+    assert sorted(listed) == sorted(title for title in titles if title in listed)
+    assert [title for title in titles if title not in listed] == titles[len(listed) :][:10]
+
+
 def test_the_lab_book_is_dated_and_in_order() -> None:
     headings = re.findall(r"^## (.*)$", (ROOT / "docs/lab.md").read_text(), re.MULTILINE)
     assert [one for one in headings if not re.match(r"\d{4}-\d\d-\d\d \S", one)] == []
