@@ -99,7 +99,7 @@ def gc(
         raise ConfigError(f"{workspace.root}: no workspace is here; relative paths start at the folder where you are")
     with locked_workspace(workspace, print_warning) as lock:  # what runs is not looked at, nor touched
         runs = last_runs(workspace, loaded)
-        garbage, others = find_garbage(workspace, [*loaded, *(run.recipe for run in runs)])
+        garbage, others = find_garbage(workspace, loaded, runs)
         if delete:
             garbage, partial = remove_garbage(workspace, garbage, lock.check)
             others += partial
@@ -127,9 +127,11 @@ def gc(
 
 def _describe_run(run: "LastRun") -> str:
     """The recipe's name, and a few of the fields that it was last run with."""
+    if not run.changes:
+        return f"{run.name} was last run by another release, or with files that have changed since"
     fields = [f"{name} = {value}" for name, value in run.changes.items()]
     more = f" and {len(fields) - _FIELDS_SHOWN} more" if len(fields) > _FIELDS_SHOWN else ""
-    return f"{run.recipe.name} was last run with {', '.join(fields[:_FIELDS_SHOWN])}{more}"
+    return f"{run.name} was last run with {', '.join(fields[:_FIELDS_SHOWN])}{more}"
 
 
 def _print_lineage(lineage: Lineage, pairs: "list[Neighbour]") -> None:

@@ -1,18 +1,17 @@
 """The artifacts of a workspace that no given recipe needs."""
 
 import contextlib
-import os
 from collections.abc import Callable, Collection, Generator, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.errors import ConfigError, StepError
+from pipeline.errors import ConfigError, DataError, StepError
 from pipeline.recipe.champion import champions
-from pipeline.recipe.lineage import RESOLVED, indexed_embeddings
-from pipeline.recipe.plan import artifact_of, earlier_trainings, make_plan
-from pipeline.recipe.recipe import Recipe, flatten, parse_recipe, to_dict, without_resources
-from pipeline.recipe.steps import STEP_ROWS, STEPS
-from pipeline.workspace.files import is_remote
+from pipeline.recipe.last_run import RESOLVED, Planned, changes_since, named_artifacts, planned, read_last_run
+from pipeline.recipe.lineage import indexed_embeddings
+from pipeline.recipe.plan import make_plan
+from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.steps import STEPS
 from pipeline.workspace.lock import in_use, used_artifacts
 from pipeline.workspace.store import Workspace
 
@@ -43,66 +42,59 @@ class Kept:
 
 @dataclass(frozen=True)
 class LastRun:
-    """A recipe as it was when it was last run, if it has changed since."""
+    """The last run of a recipe, if it made other artifacts than the recipe as it is now."""
 
-    recipe: Recipe
+    name: str
+    """Of the recipe."""
+    plan: Planned
     changes: dict[str, object]
-    """The fields that differ, by dotted name, as they were then."""
+    """The fields that differ, by dotted name, as they were then; none if a file of the user or the release differs."""
 
 
 def last_runs(workspace: Workspace, recipes: Sequence[Recipe]) -> list[LastRun]:
-    """The last runs of these recipes that made other artifacts: with ``--set``, or before a recipe was changed.
+    """The last runs of these recipes that made other artifacts: with ``--set``, or before something was changed.
 
     Raises:
-        ConfigError: If such a run cannot be planned any more: what it needs is not known.
+        DataError: If it is not known what such a run made.
     """
     runs: list[LastRun] = []
     for recipe in recipes:
-        stored = workspace.artifact("recipes", recipe.name)
-        if not stored.exists(RESOLVED):
-            continue
-        keys = {step.key for step in make_plan(recipe)}
         try:
-            last = replace(parse_recipe(stored.read_json(RESOLVED)), workspace=recipe.workspace)
-            is_same = {step.key for step in make_plan(last)} <= keys
-        except ConfigError as error:
-            raise ConfigError(
-                f"what the last run of {recipe.name} needs is not known: {stored.uri}/{RESOLVED}: {error}; try again "
-                "in the folder where it was run, or remove that file if you need nothing of the run"
+            last = read_last_run(workspace, recipe.name)
+        except DataError as error:
+            raise DataError(
+                f"what the last run of {recipe.name} made is not known: {error}; run the recipe once more as it was "
+                f"run then ({RESOLVED}, which is there, has its fields), and it is"
             ) from None
-        if not is_same:
-            fields, now = _fields_of_steps(last), _fields_of_steps(recipe)
-            changes = {name: value for name, value in fields.items() if name not in now or now[name] != value}
-            runs.append(LastRun(last, changes))
+        if last is not None and not last.keys <= planned(recipe).keys:
+            runs.append(LastRun(recipe.name, last, changes_since(workspace, recipe)))
     return runs
 
 
-def _fields_of_steps(recipe: Recipe) -> dict[str, object]:
-    fields = flatten(without_resources(to_dict(recipe)))
-    return {name: value for name, value in fields.items() if name == "seed" or name.partition(".")[0] in STEP_ROWS}
-
-
-def find_garbage(workspace: Workspace, recipes: Sequence[Recipe]) -> tuple[list[Garbage], list[Kept]]:
+def find_garbage(
+    workspace: Workspace, recipes: Sequence[Recipe], runs: Sequence[LastRun] = ()
+) -> tuple[list[Garbage], list[Kept]]:
     """What may be removed, the largest first; and what stays for another reason than a recipe.
 
-    What a recipe's plan holds is needed, finished or not; so is all that it was made from, the embeddings that an index
-    of it reads, be they of another recipe, the trainings that an unfinished one of it continues, and the artifacts of
-    which it names files: without the network that a training starts from there is no plan, also when it is finished.
+    What the plan of a recipe or of a last run holds is needed, finished or not; so is all that it was made from, the
+    embeddings that an index of it reads, be they of another recipe, the trainings that an unfinished one of it
+    continues, and the artifacts of which it names files: without the network that a training starts from there is no
+    plan, also when it is finished.
     An ablation or a batch search stays with what it was made from; of an ablation that was stopped nobody knows that.
 
     Raises:
         ConfigError: If a recipe has another workspace.
         DataError: If a manifest cannot be read: what it needs is not known then.
     """
-    needed: set[tuple[str, str]] = set()
     for recipe in recipes:
         if Workspace(recipe.workspace).root != workspace.root:
             raise ConfigError(f"recipe {recipe.name} has another workspace: {recipe.workspace}")
-        for step in make_plan(recipe):
-            needed.add((step.name, step.key))
-            if artifact_of(workspace, step).manifest() is None:
-                needed |= {(step.name, key) for key, _ in earlier_trainings(step)}
-        needed |= _with_named_files(workspace, recipe)
+    needed: set[tuple[str, str]] = set()
+    for plan in [*(planned(recipe) for recipe in recipes), *(run.plan for run in runs)]:
+        needed |= plan.keys | {*plan.named}
+        for name, step in plan.steps.items():
+            if step.continues and workspace.artifact(name, step.key).manifest() is None:
+                needed |= {(name, key) for key in step.continues}
     needed = _with_inputs(workspace, needed)
     used = read_artifacts(workspace) | _with_champions(workspace)
     garbage: list[Garbage] = []
@@ -170,13 +162,17 @@ def in_use_of(
 
     Args:
         recipe: The recipe.
-        steps: Names of the steps.
+        steps: Names of the steps; none: the recipe is not planned, so the user's files that it names may be elsewhere.
         others: Step and key of further artifacts.
         warn: Receives a sentence if it cannot be said.
+
+    Raises:
+        ConfigError: See ``make_plan``.
     """
     workspace, stack = Workspace(recipe.workspace), contextlib.ExitStack()
-    read = {(step.name, step.key) for step in make_plan(recipe) if step.name in steps}
-    read |= _with_named_files(workspace, recipe, steps) | {*others}
+    read = named_artifacts(workspace, recipe, steps) | {*others}
+    if steps:
+        read |= {(step.name, step.key) for step in make_plan(recipe) if step.name in steps}
     if not workspace.is_local or Path(workspace.root).is_dir():  # a folder of networks has no workspace
         try:
             stack.enter_context(in_use(workspace, [f"{step}/{key}" for step, key in sorted(read)]))
@@ -204,38 +200,6 @@ def _with_champions(workspace: Workspace) -> dict[tuple[str, str], str]:
     for artifact, owner in champions(workspace).items():
         kept |= dict.fromkeys(_with_inputs(workspace, {artifact}), owner)
     return kept
-
-
-def _with_named_files(
-    workspace: Workspace, recipe: Recipe, steps: Collection[str] | None = None
-) -> set[tuple[str, str]]:
-    """The artifacts of a workspace in which files lie that a recipe names, in the sections of some steps or of all."""
-    sections = [(row, getattr(recipe, row.name)) for row in STEPS if steps is None or row.name in steps]
-    paths = [
-        str(getattr(one, name))
-        for row, section in sections
-        if section is not None
-        for one in section.each()
-        for name in row.files
-    ]
-    roots = _places(workspace.root)
-    inside = [
-        place.removeprefix(f"{root}/").split("/")
-        for path in paths
-        if path
-        for place in _places(path)
-        for root in roots
-        if place.startswith(f"{root}/")
-    ]
-    return {(parts[0], parts[1]) for parts in inside if len(parts) > 1}
-
-
-def _places(path: str) -> set[str]:
-    """Where a path or URI leads: of a local path as it is written, and with its links followed."""
-    if is_remote(path):
-        return {path.rstrip("/")}
-    local = path.removeprefix("file://")
-    return {os.path.abspath(local), os.path.realpath(local)}  # noqa: PTH100  (strings, as URIs are)
 
 
 def _with_inputs(workspace: Workspace, artifacts: set[tuple[str, str]]) -> set[tuple[str, str]]:

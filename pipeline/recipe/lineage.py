@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ConfigError, UnclipError
+from pipeline.errors import ConfigError, DataError
 from pipeline.recipe import provenance
-from pipeline.recipe.plan import Step, make_plan
-from pipeline.recipe.recipe import Recipe, flatten, parse_recipe
+from pipeline.recipe.last_run import Planned, read_last_run
+from pipeline.recipe.recipe import Recipe, flatten
 from pipeline.recipe.steps import STEP_ROWS, STEPS
 from pipeline.workspace.manifest import Manifest
 from pipeline.workspace.store import Artifact, Workspace
@@ -18,8 +18,6 @@ from pipeline.workspace.store import Artifact, Workspace
 Json = dict[str, Any]
 
 ORIGIN = "unclip.json"
-RESOLVED = "resolved.json"
-"""The recipe of the last run, in ``recipes/<name>``."""
 """File of an exported folder that says which artifacts its networks are."""
 _KEY = re.compile(r"[0-9a-f]{16}")
 _KEY_START = re.compile(r"[0-9a-f]{6,16}")
@@ -196,10 +194,10 @@ def _signature(image: Any) -> Json:
     return {"signed": f"by the key {key}, and unchanged since"}
 
 
-def _node(workspace: Workspace, step: str, key: str, plans: Mapping[str, Sequence[Step]]) -> Node:
+def _node(workspace: Workspace, step: str, key: str, plans: Mapping[str, Planned]) -> Node:
     artifact = workspace.artifact(step, key)
     manifest = artifact.manifest()
-    planned = {name: one for name, steps in plans.items() for one in steps if (one.name, one.key) == (step, key)}
+    planned = {name: plan.steps[step] for name, plan in plans.items() if (step, key) in plan.keys}
     if manifest is not None:
         return _done(artifact, manifest, tuple(planned))
     state = "unfinished" if artifact.names() else "missing"
@@ -251,16 +249,15 @@ def _settings(section: Json) -> Json:
     return {name: fields[name] for name in _SHOWN if fields.get(name) not in {None, ""}}
 
 
-def _plans(workspace: Workspace) -> tuple[dict[str, list[Step]], list[str]]:
+def _plans(workspace: Workspace) -> tuple[dict[str, Planned], list[str]]:
     """The plan of each recipe that was run in the workspace, as it was at its last run."""
-    plans: dict[str, list[Step]] = {}
+    plans: dict[str, Planned] = {}
     notes: list[str] = []
     for name in workspace.keys("recipes"):
-        artifact = workspace.artifact("recipes", name)
-        if not artifact.exists(RESOLVED):
-            continue
         try:
-            plans[name] = make_plan(parse_recipe(artifact.read_json(RESOLVED)))
-        except UnclipError as error:
-            notes.append(f"recipe {name}: its plan is not known any more: {error}")
+            plan = read_last_run(workspace, name)
+        except DataError as error:
+            notes.append(f"recipe {name}: what its last run made is not known: {error}")
+        else:
+            plans |= {} if plan is None else {name: plan}
     return plans, notes

@@ -80,10 +80,6 @@ _ADDED_LATER = {
 """Fields added later, by their dotted name in a section, with their old default. A field at its old default is left out
 of the key, so that existing trainings stay valid."""
 
-_ONCE_IN_KEY: dict[str, Json] = {"download": {"min_success_prob": 0.05}}
-"""Fields that were once part of a step's key, with their default, which the key holds whatever the recipe says, so that
-existing artifacts stay valid."""
-
 _IN_TRAINING = {"noise_level": 0.0}
 """Sampling fields that were once part of a training's key. The key always holds this default, so that existing
 trainings stay valid; another value is part of the evaluation's key only."""
@@ -106,7 +102,7 @@ def make_plan(recipe: Recipe, *, until: str = "") -> list[Step]:
             continue
         lists = section.each()
         section = lists[0] if len(lists) == 1 else section  # the only one of several is the same as one alone
-        tables = _own_tables(row, section)
+        tables = _own_tables(section)
         if row.seeded:
             tables["seed"] = recipe.seed
         if len(lists) > 1:
@@ -126,9 +122,7 @@ def recipe_key(recipe: Recipe) -> str:
 
     The same recipe has the same key wherever its steps run and its files lie; no file of the user's is read for it.
     """
-    tables = {
-        row.name: _own_tables(row, section) for row in STEPS if (section := getattr(recipe, row.name)) is not None
-    }
+    tables = {row.name: _own_tables(section) for row in STEPS if (section := getattr(recipe, row.name)) is not None}
     content = json.dumps({"seed": recipe.seed, **tables}, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -200,9 +194,9 @@ def sampling_tables(recipe: Recipe) -> Json:
     return {name: {"model": fields} for name, fields in tables.items() if fields}
 
 
-def _own_tables(row: StepRow, section: StepSection) -> Json:
+def _own_tables(section: StepSection) -> Json:
     """The fields of a section that are part of its step's key, before those that come from elsewhere."""
-    return _without_added(without_resources(to_dict(section))) | _ONCE_IN_KEY.get(row.name, {})
+    return _without_added(without_resources(to_dict(section)))
 
 
 def _without_added(tables: Json, place: str = "") -> Json:

@@ -172,6 +172,8 @@ class Recipe:
         return {name: section.model for name, section in sections.items() if section is not None}
 
 
+_PLACES_NAMED = 3
+"""Most fields of other sections that the message on an unknown key names."""
 EXTENDS = "extends"
 """Key of a recipe file, not of a recipe: the file that it changes."""
 
@@ -351,9 +353,8 @@ def _explain(item: Any, data: Json) -> str:
     name = ".".join(location)
     kind: str = item["type"]
     if kind in {"unexpected_keyword_argument", "extra_forbidden"}:
-        table = _value_at(default_tables(data), location[:-1])
-        close = difflib.get_close_matches(location[-1], list(table) if isinstance(table, dict) else [], n=1)
-        return f"unknown key {name}{of_kind}" + (f"; did you mean {close[0]}?" if close else "")
+        meant = _meant(location, data)
+        return f"unknown key {name}{of_kind}" + (f"; did you mean {' or '.join(meant)}?" if meant else "")
     if kind == "union_tag_invalid":
         kinds = str(item["ctx"]["expected_tags"]).replace(", ", " or ")
         return f"{name}.kind: must be {kinds}, got {item['ctx']['tag']!r}"
@@ -361,6 +362,23 @@ def _explain(item: Any, data: Json) -> str:
     if kind == "value_error":
         return f"{name}: {message}" if name else message
     return f"{name}: {message}, got {_value_at(data, location)!r}"
+
+
+def _meant(location: list[str], data: Json) -> list[str]:
+    """What an unknown key is likely to mean.
+
+    Its name elsewhere in its section; else one like it beside it; else its name elsewhere in the recipe, unless many
+    fields have it, or it stands there in the same table of another section.
+    """
+    optional = {name: {} for name, table in default_tables({}).items() if table is None}
+    tables = default_tables(optional | data)
+    section, *inside = location
+    same = [name for name in flatten(tables) if name.rpartition(".")[2] == location[-1]]
+    own = [name for name in same if name.startswith(f"{section}.")]
+    table = _value_at(tables, location[:-1])
+    close = difflib.get_close_matches(location[-1], list(table) if isinstance(table, dict) else [], n=1)
+    others = [name for name in same if len(inside) < 2 or name.split(".")[1:] != inside]
+    return own or close or (others if len(others) <= _PLACES_NAMED else [])
 
 
 def _value_at(data: Any, location: list[str]) -> Any:

@@ -11,9 +11,9 @@ import ray
 from pipeline.data.retries import NONE, ask_retry, give_up_retries, waiting_retries
 from pipeline.errors import ConfigError, DataError, UnclipError
 from pipeline.recipe.garbage import read_artifacts
-from pipeline.recipe.lineage import RESOLVED
+from pipeline.recipe.last_run import write_last_run
 from pipeline.recipe.plan import StepStatus, artifact_of, dependents, passing_inputs, plan_status
-from pipeline.recipe.recipe import Recipe, to_dict
+from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.admission import Admission, Waits, at_once, fits_now
 from pipeline.runtime.connection import are_alive, connect, own_servers, require_alive
 from pipeline.runtime.context import StepContext
@@ -78,7 +78,7 @@ def run_recipe(
         connect(address),
         watched_head(address, observer.warned),
     ):
-        workspace.artifact("recipes", recipe.name).write_json(RESOLVED, to_dict(recipe))
+        write_last_run(recipe)
         note_run(workspace.root)
         may_start = at_once if address else fits_now
         if work := finish_forgetting(workspace, lock.check, recipe):

@@ -8,13 +8,14 @@ from functools import cached_property
 from pipeline.errors import ConfigError
 from pipeline.recipe.champion import measured_cascade
 from pipeline.recipe.garbage import in_use_of
+from pipeline.recipe.last_run import named_artifacts
 from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.recipe import Recipe
-from pipeline.recipe.steps import CASCADE_STEPS, STEP_ROWS
+from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.runtime.parts import Tables, read_tables, write_tables
 from pipeline.runtime.tracking.aliases import evaluation_of
 from pipeline.serve.keeper import Kept
-from pipeline.workspace.store import Artifact
+from pipeline.workspace.store import Artifact, Workspace
 
 NEIGHBOUR_STEPS = ("download", "embed", "index")
 
@@ -50,8 +51,10 @@ class Served:
 
     def in_use(self, warn: Callable[[str], None]) -> AbstractContextManager[None]:
         """Keep `unclip gc` from removing what is served; ``warn`` receives a sentence if that cannot be done."""
-        artifacts = ((name, artifact.key) for name, artifact in self.artifacts.items())
-        return in_use_of(self.recipe, STEP_ROWS, artifacts, warn)
+        read = {(name, artifact.key) for name, artifact in self.artifacts.items()}
+        # Not by the plan: a machine of a cluster that serves has no list of pairs.
+        named = named_artifacts(Workspace(self.recipe.workspace), self.recipe)
+        return in_use_of(self.recipe, (), read | named, warn)
 
     @property
     def facts(self) -> list[str]:

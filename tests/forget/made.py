@@ -14,8 +14,9 @@ from pipeline.data.selection import embeddings_of
 from pipeline.data.shard_tables import split_counts
 from pipeline.forget.forget import finish, forget
 from pipeline.forget.search import Search, search
+from pipeline.recipe.last_run import write_last_run
 from pipeline.recipe.plan import artifact_of, inputs_of, make_plan, manifest_of
-from pipeline.recipe.recipe import Recipe, to_dict
+from pipeline.recipe.recipe import Recipe
 from pipeline.retrieve.build import SegmentBuild, build_index
 from pipeline.retrieve.changes import publish_segment, segment_of_all
 from pipeline.runtime.context import StepContext
@@ -116,7 +117,7 @@ def make_workspace(folder: Path) -> Made:
             nearest = {"uid": made.uids[BY_URL], "similarity": 1.0}
             context.output.write_bytes("samples.jsonl", json.dumps({"nearest": nearest}).encode())
         commit(context, counts)
-    made.workspace.artifact("recipes", recipe.name).write_json("resolved.json", to_dict(recipe))
+    write_last_run(recipe)
     return made
 
 

@@ -15,14 +15,15 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from models.editor import EditSettings
-from pipeline.errors import ConfigError, StepError
+from pipeline.errors import ConfigError, DataError, StepError
 from pipeline.evaluate.ablate import ablate_recipe
 from pipeline.pictures import to_png, with_texts
 from pipeline.recipe.garbage import Garbage, find_garbage, in_use_of, remove_garbage
+from pipeline.recipe.last_run import PLAN, RESOLVED, read_last_run, write_last_run
 from pipeline.recipe.lineage import mermaid, trace, write_origin
 from pipeline.recipe.plan import Step, artifact_of, make_plan, manifest_of
 from pipeline.recipe.recipe import Recipe, load_recipe, parse_recipe, to_dict
-from pipeline.recipe.steps import CASCADE_STEPS
+from pipeline.recipe.steps import CASCADE_STEPS, STEPS
 from pipeline.sampling import sample
 from pipeline.sampling.edit_options import EditOptions
 from pipeline.sampling.edit_pictures import edit_recipe
@@ -34,7 +35,7 @@ from tests.tiny.recipe import tiny_tables, write_recipe
 def _finish(recipe: Recipe) -> dict[str, str]:
     """Commit every step of a recipe with a file that is no network; the key of each step."""
     workspace = Workspace(recipe.workspace)
-    workspace.artifact("recipes", recipe.name).write_json("resolved.json", to_dict(recipe))
+    write_last_run(recipe)
     steps = make_plan(recipe)
     for step in steps:
         output = artifact_of(workspace, step)
@@ -327,15 +328,72 @@ def test_what_the_last_run_of_a_recipe_made_stays_whatever_it_was_run_with(tmp_p
     assert "was last run" not in old.stderr
 
 
-def test_gc_removes_nothing_if_the_last_run_cannot_be_planned(tmp_path: Path) -> None:
+def _gc(path: Path) -> tuple[set[tuple[str, str]], str]:
+    """Step and key of what `unclip gc` lists, and its notes."""
+    result = CliRunner().invoke(app, ["gc", str(path), "--json"], catch_exceptions=False)
+    return {(one["step"], one["key"]) for one in json.loads(result.stdout)["garbage"]}, result.stderr
+
+
+def test_what_the_last_run_made_stays_although_its_list_is_away(tmp_path: Path) -> None:
     path, rows = write_recipe(tmp_path, port=1), tmp_path / "rows.csv"
     rows.write_text("url,caption\nhttp://a/1.jpg,a\n")
     _finish(load_recipe(path, ["pairs.source=list", f"pairs.path={rows}"]))
     rows.unlink()
+    garbage, notes = _gc(path)
+    assert not garbage
+    assert f"pairs.path = {rows}" in notes
+
+
+def test_what_another_release_made_last_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The versions of its steps were others, and its recipe has a field that this release does not know."""
+    path = write_recipe(tmp_path, port=1)
+    recipe = load_recipe(path)
+    workspace, decoder = Workspace(recipe.workspace), ("decoder", "e" * 16)
+    start = _network(workspace.artifact(*decoder))
+    longer = load_recipe(path, ["prior.train.phases=[{from_step=1,learning_rate=1e-4}]", f"decoder.init_from={start}"])
+    with monkeypatch.context() as before:
+        rows = tuple(dataclasses.replace(row, version=row.version + 100) for row in STEPS)
+        before.setattr("pipeline.recipe.plan.STEPS", rows)
+        shorter = load_recipe(path, [f"decoder.init_from={start}"])
+        keys, last = _finish(shorter), {step.name: step.key for step in make_plan(longer)}
+        write_last_run(longer)
+    stored = workspace.artifact("recipes", recipe.name)
+    tables = stored.read_json(RESOLVED)
+    tables["download"]["speed"] = 3
+    stored.write_json(RESOLVED, tables)
+    garbage, notes = _gc(path)
+    # The longer training, which is not finished, goes on from the one of before.
+    kept = {("prior", keys["prior"]), decoder, *((name, key) for name, key in keys.items() if last[name] == key)}
+    assert garbage == set(keys.items()) - kept
+    assert garbage
+    assert "was last run with prior.train.phases = " in notes
+    stored.remove(RESOLVED)
+    assert "was last run by another release, or with files that have changed since; what that run" in _gc(path)[1]
+    unfinished = workspace.artifact("prior", last["prior"])
+    unfinished.write_bytes("live/checkpoint", b"")
+    lineage = trace(unfinished.uri)
+    assert lineage.nodes[0].recipes == (recipe.name,)
+    assert lineage.nodes[0].inputs == {name: last[name] for name in lineage.nodes[0].inputs}
+    assert lineage.notes == ()
+
+
+@pytest.mark.parametrize("plan", [None, b"{", b"{}"])
+def test_gc_removes_nothing_if_it_is_not_known_what_the_last_run_made(tmp_path: Path, plan: bytes | None) -> None:
+    path = write_recipe(tmp_path, port=1)
+    recipe = load_recipe(path)
+    keys, workspace = _finish(recipe), Workspace(recipe.workspace)
+    stored = workspace.artifact("recipes", recipe.name)
+    if plan is None:
+        stored.remove(PLAN)
+    else:
+        stored.write_bytes(PLAN, plan)
     result = CliRunner().invoke(app, ["gc", str(path), "--delete"])
-    assert isinstance(result.exception, ConfigError)
-    assert "what the last run of tiny needs is not known" in str(result.exception)
-    assert "rows.csv does not exist" in str(result.exception)
+    assert isinstance(result.exception, DataError)
+    assert "what the last run of tiny made is not known: " in str(result.exception)
+    assert " remove" not in str(result.exception)
+    [note] = trace(keys["prior"], recipe.workspace).notes
+    assert note.startswith("recipe tiny: what its last run made is not known: ")
+    assert read_last_run(workspace, "never run") is None
 
 
 @pytest.mark.parametrize("words", [["gc", "{path}"], ["gc", "{path}", "{path}", "--set", "seed=1"]])

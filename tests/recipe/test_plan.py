@@ -356,11 +356,6 @@ def test_what_spares_hosts_or_stops_a_download_changes_no_key(field: str) -> Non
     assert recipe_key(plain) == recipe_key(other)
 
 
-def test_a_field_that_left_the_key_of_the_download_keeps_its_place_there() -> None:
-    download = next(step for step in make_plan(load_recipe(None)) if step.name == "download")
-    assert download.section["min_success_prob"] == 0.05
-
-
 def test_filters_change_the_keys_of_the_steps_that_read_what_stays() -> None:
     overrides = ["upsampler_1.model.image_px=128", "upsampler_1.model.low_res_px=64"]
     plain = _keys(load_recipe(None, overrides))

@@ -91,6 +91,15 @@ def test_load_recipe_round_trips_through_resolved_json(tmp_path: Path) -> None:
     [
         ({"prior": {"train": {"num_step": 3}}}, ["unknown key prior.train.num_step", "did you mean num_steps"]),
         ({"nonsense": 1}, ["unknown key nonsense"]),
+        (
+            {"download": {"min_success_prob": 0.1}},
+            ["key download.min_success_prob; did you mean download.resources.min_success_prob?"],
+        ),
+        (
+            {"prior": {"num_steps": 3}},
+            ["did you mean prior.model.sampler.num_steps or prior.train.num_steps?"],
+        ),
+        ({"download": {"min_caption_words": 3}}, ["did you mean filter.min_caption_words?"]),
         ({"prior": {"train": {"num_steps": "many"}}}, ["prior.train.num_steps", "integer", "'many'"]),
         ({"prior": {"train": {"num_steps": 1.5}}}, ["prior.train.num_steps"]),
         ({"seed": True}, ["seed"]),

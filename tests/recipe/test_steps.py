@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 CONTENTS = {
     "dalle2-paper": """
         pairs 4821ac1be30e312a
-        download 3c20d3294f391c46
+        download 486dca1024cc16ab
         clip a4565305b7557aab
         embed 7e8d0e3cfd20cc05
         decoder fd39b65938ddd2af
@@ -32,7 +32,7 @@ CONTENTS = {
     """,
     "demo": """
         pairs d4143a20d5f28e26
-        download c4592b421ae4be8e
+        download cfaf94e8bb9c5a4c
         clip b07bc07c2f50986b
         embed 7e8d0e3cfd20cc05
         decoder 64249145fd7f4d10
@@ -44,7 +44,7 @@ CONTENTS = {
     """,
     "karlo": """
         pairs 4821ac1be30e312a
-        download 1bed281529f67803
+        download 6eb911d149989621
         clip 595a59231b5db61b
         embed 7e8d0e3cfd20cc05
         decoder e346ef59806e6fb7
@@ -55,7 +55,7 @@ CONTENTS = {
     """,
     "laion-vit-l14": """
         pairs 784929736a0079fe
-        download 1b1b3f1dbc16521e
+        download b656302fd44e6535
         clip fbd4fabb551182fd
         embed 7e8d0e3cfd20cc05
         decoder 5f5e9dc4e553aca7
@@ -66,7 +66,7 @@ CONTENTS = {
     """,
     "single-gpu": """
         pairs 99d7e7a912feb444
-        download 7bcb570e50c57317
+        download ca085813e0554905
         clip fcdf02741c8d1135
         embed 7e8d0e3cfd20cc05
         decoder e052f0fd08bc9d89

@@ -16,6 +16,7 @@ import ray
 from pipeline.data.pairs import Part, write_index
 from pipeline.data.retries import NONE, waiting_retries
 from pipeline.errors import ConfigError, StepError
+from pipeline.recipe.last_run import read_last_run
 from pipeline.recipe.plan import artifact_of, make_plan, manifest_of, plan_status
 from pipeline.recipe.recipe import load_recipe
 from pipeline.runtime import run, step_task
@@ -77,7 +78,7 @@ def test_a_step_lets_the_one_before_it_take_its_room_first(tmp_path: Path, monke
 
 def test_the_machine_time_of_a_training_is_that_of_the_workers_it_had(tmp_path: Path) -> None:
     steps = _contexts(tmp_path, "tracking.uri=off")
-    for name, expected_s in (("decoder", 25.0), ("embed", 40.0)):
+    for name, expected_s, most_workers in (("decoder", 25.0, 3), ("embed", 40.0, 4)):
         context = steps[name]
         for num_workers, seconds in ((3, 5), (2, 5)):  # a machine was lost
             start = Progress(context.output, waits=True, num_workers=num_workers)
@@ -88,6 +89,7 @@ def test_the_machine_time_of_a_training_is_that_of_the_workers_it_had(tmp_path: 
         manifest = step_task.commit_step(context, StepResult(num_workers=4), tracking)
         assert manifest.wall_s == pytest.approx(10, abs=0.2)
         assert manifest.node_s == pytest.approx(expected_s, abs=0.8)
+        assert manifest.num_workers == most_workers
 
 
 def test_all_workers_of_a_training_and_their_gpus_must_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,6 +238,10 @@ def test_sigterm_ends_a_run_with_one_line_and_keeps_what_is_finished(
     assert lines[-1].startswith("interrupted; what is finished is kept")
     assert not [line for line in lines if "Traceback" in line or "SIGTERM" in line or "Aborted" in line]
     assert list(tmp_path.rglob("pairs/*/manifest.json"))
+    loaded = load_recipe(recipe)
+    last = read_last_run(Workspace(loaded.workspace), loaded.name)
+    assert last is not None
+    assert last.keys == {(step.name, step.key) for step in make_plan(loaded)}  # of all steps
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from pipeline.runtime.served import Served, served_by
 from pipeline.runtime.tracking.aliases import evaluation_of
 from pipeline.runtime.tracking.run import send_champion
 from pipeline.serve.keeper import Kept
+from pipeline.workspace.lock import used_artifacts
 from pipeline.workspace.store import Workspace
 from tests.ports import free_port
 from tests.tiny.recipe import write_recipe
@@ -109,6 +110,20 @@ def test_who_may_only_read_the_workspace_serves_and_says_what_gc_cannot_see(tmp_
         [line] = lines
     assert line.startswith("`unclip gc` cannot see what is read here, and may remove it: ")
     assert str(tmp_path / "uses") in line
+
+
+def test_a_server_needs_no_list_of_pairs_to_say_what_it_reads(tmp_path: Path) -> None:
+    """A machine of a cluster serves what was made elsewhere."""
+    workspace = Workspace(str(tmp_path / "workspace"))
+    workspace.artifact("decoder", "e" * 16).write_bytes("model.safetensors", b"weights")
+    tables = {
+        "workspace": workspace.root,
+        "pairs": {"source": "list", "path": str(tmp_path / "nowhere.csv")},
+        "decoder": {"init_from": workspace.artifact("decoder", "e" * 16).uri},
+    }
+    artifacts = {"prior": workspace.artifact("prior", "f" * 16)}
+    with Served(parse_recipe(tables), artifacts).in_use(pytest.fail):
+        assert set(used_artifacts(workspace)) == {f"prior/{'f' * 16}", f"decoder/{'e' * 16}"}
 
 
 def test_a_use_that_cannot_be_taken_back_ends_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
