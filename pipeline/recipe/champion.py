@@ -37,7 +37,7 @@ class Promotion:
     measures: dict[str, float]
     """What the evaluation measured, by dotted name."""
     settings: Json
-    """How it was measured: the evaluation's own settings."""
+    """How it was measured: the evaluation's own settings, and the version of its step."""
     by: str
     """The measure that decided."""
     reason: str
@@ -168,7 +168,7 @@ def promote(
         name: value
         for name, value in manifest.section.items()
         if not isinstance(value, dict) and name not in _CHANGES_LITTLE
-    }
+    } | {"step_version": manifest.step_version}
     workspace = Workspace(recipe.workspace)
     # A lock of its own: the workspace's is held by runs, for weeks.
     with locked(f"{workspace.root}/{_LOCK}", f"{workspace.root}: another champion is being chosen", warn) as lock:

@@ -19,7 +19,7 @@ from pipeline.recipe.garbage import find_garbage
 from pipeline.recipe.plan import artifact_of, make_plan, manifest_of
 from pipeline.recipe.recipe import Recipe, load_recipe
 from pipeline.workspace.lock import locked_workspace
-from pipeline.workspace.store import Workspace
+from pipeline.workspace.store import MANIFEST, Workspace
 from tests.tiny.recipe import tiny_tables
 
 
@@ -89,6 +89,20 @@ def test_measures_of_other_settings_do_not_compare_and_unknown_ones_are_named(pa
     _measure(load_recipe(str(path), [few]), clip_score__generated=0.9)
     assert "num_prompts of [evaluate] was another" in str(_promote(path, "--set", few).exception)
     assert "it has clip_score.generated" in str(_promote(path, "--by", "beauty").exception)
+
+
+def test_measures_of_two_releases_that_measure_differently_do_not_compare(path: Path) -> None:
+    recipe = load_recipe(str(path), ["seed=1"])
+    key = _measure(recipe, clip_score__generated=0.3)
+    artifact = Workspace(recipe.workspace).artifact("evaluate", key)
+    manifest = artifact.manifest()
+    assert manifest is not None
+    artifact.remove(MANIFEST)
+    artifact.commit(dataclasses.replace(manifest, step_version=manifest.step_version - 1))
+    assert _promote(path, "--set", "seed=1").exit_code == 0
+    _measure(load_recipe(str(path)), clip_score__generated=0.9)
+    assert "do not compare: step_version of [evaluate] was another" in str(_promote(path).exception)
+    assert _promote(path, "--force", "--reason", "a new release").exit_code == 0
 
 
 def test_two_who_promote_at_once_do_not_lose_a_choice(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
