@@ -25,7 +25,8 @@ class RehearsedTraining:
     """The parts of a training and its first steps.
 
     Args:
-        job: The training, on a few rows; one worker takes its own share of the batch.
+        job: The training, on a few rows; one of the fewest workers, as which it is planned, takes its share of the
+            batch.
     """
 
     def __init__(self, job: TrainJob) -> None:
@@ -37,7 +38,7 @@ class RehearsedTraining:
         self._state = create_state(self._parts.network, job.section.train, job.device)
         objective = self._parts.objective(self._state.network).train()
         self._state.draws = draws_of(objective)
-        self._share = Share(job.section.train.batch_size, 0, job.section.resources.most_workers)
+        self._share = Share(job.section.train.batch_size, 0, job.section.resources.fewest_workers)
         alone = Share(len(self._share))  # the others are not there to exchange anything with
         self._step = make_step(objective, job.section, alone, seed=job.seed)
         self._order = plan_order(self._parts.train, job.seed, where=job.name, batch_size=job.section.train.batch_size)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from pipeline.evaluate.work import plan_parts
 from pipeline.recipe.estimate import StepTime
 from pipeline.recipe.recipe import Recipe, TrainedSection
 from pipeline.recipe.steps import STEP_ROWS
@@ -136,7 +137,7 @@ def training_seconds(section: TrainedSection, unit: TrainingUnits, num_rows: int
     if isinstance(section, ClipStepConfig) and section.source == "pretrained":
         return unit.start_s
     train, resources = section.train, section.resources
-    samples = train.total_steps * train.batch_size / resources.most_workers
+    samples = train.total_steps * train.batch_size / resources.fewest_workers  # as which it is planned
     reads = min(samples, num_rows) if num_rows <= unit.most_cached_rows else samples
     captions = num_rows if num_rows <= unit.most_encoded_rows else samples
     saves = max(0, train.total_steps - 1) // resources.save_every_steps
@@ -163,8 +164,7 @@ def _evaluation_time(recipe: Recipe, unit: EvaluationUnits, process_s: float, he
 
 
 def _part_sizes(total: int, most: int) -> list[int]:
-    count = math.ceil(total / most)
-    return [total * (i + 1) // count - total * i // count for i in range(count)]
+    return [part.stop - part.start for part in plan_parts({"": total}, most)]
 
 
 def makespan(parts: Sequence[float], num_workers: int) -> float:

@@ -17,6 +17,7 @@ from pipeline.recipe.steps import STEP_ROWS
 from pipeline.timing.measure import measure
 from pipeline.timing.rehearsal import Rehearsal
 from pipeline.timing.run_time import measure_run
+from pipeline.timing.trainings import RehearsedTraining
 from pipeline.timing.units import step_times
 from pipeline.workspace.store import Artifact, Workspace
 from tests.tiny.recipe import TRAINED, UNET, merge, tiny_tables, training
@@ -123,6 +124,14 @@ def test_a_list_whose_pictures_do_not_come_is_one_message(tmp_path: Path) -> Non
     rehearsal.pairs()
     with pytest.raises(DataError, match=r"0 of 20 rows came through, too few to measure"):
         rehearsal.download()
+
+
+def test_a_step_of_a_changing_number_of_workers_is_that_of_one_of_the_fewest(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path, clip={"resources": {"num_workers": [1, 2]}})
+    rehearsal = Rehearsal(recipe, tmp_path / "rehearsal", {})
+    rehearsal.pairs()
+    rehearsal.download()
+    assert len(RehearsedTraining(rehearsal.job("clip"))._share) == recipe.clip.train.batch_size
 
 
 def test_an_unknown_pretrained_clip_is_refused(tmp_path: Path) -> None:

@@ -56,6 +56,13 @@ def test_seconds_of_a_training(tmp_path: Path, unit: TrainingUnits, seconds: flo
     assert training_seconds(_recipe(tmp_path).decoder, unit, 300) == pytest.approx(seconds)
 
 
+def test_a_training_by_a_changing_number_of_workers_takes_the_time_of_the_fewest(tmp_path: Path) -> None:
+    unit = TrainingUnits(step_s=0.5, row_s=0.1, most_cached_rows=0)
+    decoder = _recipe(tmp_path).decoder
+    elastic = replace(decoder, resources=replace(decoder.resources, num_workers=(1, 4)))
+    assert training_seconds(elastic, unit, 300) == training_seconds(decoder, unit, 300)
+
+
 def test_a_training_that_sees_few_samples_reads_only_these(tmp_path: Path) -> None:
     unit = TrainingUnits(step_s=0.0, row_s=0.1)
     assert training_seconds(_recipe(tmp_path).decoder, unit, 100_000) == pytest.approx(80)
