@@ -282,7 +282,8 @@ def _recorded_time(recipe: Recipe, manifest: Manifest, crowding: float) -> StepT
     resources = getattr(getattr(recipe, manifest.step), "resources", None)
     if not isinstance(resources, TrainResources):
         return StepTime(0.0, manifest.node_s / crowding)
-    if not resources.fewest_workers <= round(manifest.node_s / (manifest.wall_s or 1.0)) <= resources.most_workers:
+    # Not node_s / wall_s: the last validation, by one process, makes that less.
+    if not resources.fewest_workers <= manifest.num_workers <= resources.most_workers:
         return None
     return StepTime(manifest.node_s / resources.fewest_workers / crowding)
 

@@ -119,6 +119,7 @@ def commit_step(context: StepContext, result: StepResult, tracking: Tracking) ->
         metrics=result.metrics,
         input_contents=output.read_json(INPUTS),
         node_s=round(progress.node_s if is_training else wall_s * result.num_workers, 3),
+        num_workers=progress.num_workers if is_training else result.num_workers,
         versions={name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         tracking_run_id=tracking.finished(context, result),
     )

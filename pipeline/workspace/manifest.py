@@ -97,6 +97,8 @@ class Manifest:
     """From the step's first start to its commit, less the time between a kill and the next run, in seconds."""
     node_s: float = 0.0
     """Wall seconds times workers."""
+    num_workers: int = 0
+    """Workers of the step; of a training the most that one of its starts had. 0: it is not known."""
     created: float = 0.0
     """Commit time, in seconds since the epoch."""
     versions: dict[str, str] = field(default_factory=dict[str, str])

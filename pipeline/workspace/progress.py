@@ -34,6 +34,8 @@ class ProgressState:
     """Why the step began again, or which worker was lost last, if any."""
     node_s: float = 0.0
     """``wall_s`` times the workers of each start; only trainings count them."""
+    num_workers: int = 1
+    """Most workers of one start, counted as for ``node_s``."""
 
     @property
     def age_s(self) -> float:
@@ -91,7 +93,10 @@ class Progress:
         self._first: tuple[float, int] | None = None
         previous = read_progress(artifact)
         self._earlier_s = previous.wall_s if previous else 0.0
-        self._earlier_node_s = previous.node_s if previous else 0.0
+        # A release that counted no workers may have begun the step.
+        self._earlier_node_s = previous.node_s or previous.wall_s if previous else 0.0
+        self.num_workers = max(num_workers, previous.num_workers if previous else 1)
+        """Most workers of one start."""
 
     @property
     def wall_s(self) -> float:
@@ -139,6 +144,7 @@ class Progress:
             workers=dict(workers or {}),
             notice=self.notice,
             node_s=self.node_s,
+            num_workers=self.num_workers,
         )
         self._artifact.write_json(PROGRESS, asdict(state))
         self._written_at = now

@@ -1,5 +1,6 @@
 """The time to go of a run: from measured times, from earlier runs, and from the rates of the running steps."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -159,8 +160,16 @@ def test_a_training_by_a_changing_number_of_workers_is_planned_as_one_by_the_few
     recipe = _recipe(tmp_path, decoder={"resources": {"num_workers": [1, 4]}})
     _finish(recipe, {"decoder": 2.5})
     assert load_times(recipe, make_plan(recipe))[0] == {"decoder": StepTime(100.0)}
-    wider = _recipe(tmp_path, decoder={"resources": {"num_workers": [3, 4]}})
+    wider = _recipe(tmp_path, decoder={"resources": {"num_workers": [4, 5]}})
     assert load_times(wider, make_plan(wider))[0] == {}
+
+
+def test_a_long_validation_by_one_process_leaves_a_training_its_time(tmp_path: Path) -> None:
+    """Of 8 workers for 20 minutes, and then 2 minutes."""
+    recipe = _recipe(tmp_path, decoder={"resources": {"num_workers": 8}})
+    _finish(recipe, {"decoder": (8 * 1200 + 120) / 1320}, wall_s=1320.0)
+    times, _ = load_times(recipe, make_plan(recipe))
+    assert times["decoder"].fixed_s == pytest.approx(1200 + 120 / 8)
 
 
 def test_status_counts_an_interrupted_step_from_where_it_stopped(tmp_path: Path) -> None:
@@ -180,9 +189,9 @@ def _step(recipe: Recipe, name: str) -> Step:
 
 
 def _finish(recipe: Recipe, workers: Mapping[str, float], wall_s: float = 40.0) -> None:
-    """Commit empty artifacts of some steps, which took ``wall_s`` on so many workers."""
+    """Commit empty artifacts of some steps, which took ``wall_s`` on so many workers in the mean."""
     for name, count in workers.items():
         step = _step(recipe, name)
         output = artifact_of(Workspace(recipe.workspace), step)
         manifest = manifest_of(step, output, wall_s=wall_s)
-        output.commit(replace(manifest, node_s=count * manifest.wall_s))
+        output.commit(replace(manifest, node_s=count * manifest.wall_s, num_workers=math.ceil(count)))

@@ -71,6 +71,7 @@ def test_fit_trains_on_one_worker_and_on_two(tmp_path: Path) -> None:
             assert (progress.done, progress.unit) == (4, "steps")
             assert 0 < progress.wall_s < waited_and_worked_s - 3
             assert progress.node_s == pytest.approx(num_workers * progress.wall_s, abs=0.01)
+            assert progress.num_workers == num_workers
             assert result.metrics["num_steps"] == 4
             weights[num_workers] = load_file(context.output.path("model.safetensors"))
             # What is committed on another machine is not read there.

@@ -1,4 +1,5 @@
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,14 @@ def test_the_workers_of_each_start_are_counted(tmp_path: Path) -> None:
         Progress(artifact, waits=True).update(0, 1, "", "waiting for 1 x 1 CPU", force=True)
     assert 15 <= Progress(artifact, waits=True).wall_s < 15.2
     assert 50 <= Progress(artifact, waits=True).node_s < 50.5
+    assert Progress(artifact, waits=True).num_workers == 4
+
+
+def test_a_reading_of_before_workers_were_counted_keeps_its_time(tmp_path: Path) -> None:
+    artifact = Artifact(str(tmp_path))
+    reading = ProgressState(1, 2, "steps", 0.0, 0.0, "", 3600.0, 0.0)
+    artifact.write_json(PROGRESS, {**asdict(reading), "node_s": 0.0})
+    assert Progress(artifact, waits=True).node_s == 3600.0
 
 
 def test_progress_writes_at_its_own_pace_and_at_the_end(tmp_path: Path) -> None:
