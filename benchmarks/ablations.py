@@ -12,7 +12,8 @@ All recipes see the same number of samples, or the same share of them, and not t
 attention is a tenth faster than the demo, and batches of 32 are twice as many steps of the optimizer. The column
 `train_s` is the mean time of a row's trainings, to read the rates by; results that are older than the column lack it.
 
-Rates are in per cent: the mean over the seeds, and after `+-` half of the distance between the lowest and the highest.
+Rates are in per cent: the mean over the seeds, and after `+-` half of the distance between the lowest and the highest,
+if there are several.
 A rate of 120 pictures of one seed has an interval of up to nine points on each side.
 """
 
@@ -141,7 +142,8 @@ def table_of(runs: Sequence[Json]) -> list[Json]:
 
 
 def _spread(rates: Sequence[float]) -> str:
-    return f"{statistics.mean(rates):.1f} +- {(max(rates) - min(rates)) / 2:.1f}"
+    mean = f"{statistics.mean(rates):.1f}"
+    return f"{mean} +- {(max(rates) - min(rates)) / 2:.1f}" if len(rates) > 1 else mean
 
 
 def main() -> None:

@@ -36,6 +36,7 @@ def test_a_row_of_the_ablation_has_the_time_of_its_trainings() -> None:
     runs = [{"recipe": "demo", "seed": seed, "train_s": 100.0 + 20 * seed, "pixel_check": checks} for seed in (0, 1)]
     (row,) = table_of(runs)
     assert (row["train_s"], row["one object: colour"], row["two objects: binding"]) == (110, "50.0 +- 0.0", None)
+    assert table_of(runs[:1])[0]["one object: colour"] == "50.0"  # one seed says nothing of the spread
 
 
 @pytest.mark.parametrize("name", MODULES)
