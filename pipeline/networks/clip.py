@@ -5,7 +5,6 @@ open_clip takes longer to import than torch. It is imported lazily, so that upsa
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,7 +26,7 @@ from pipeline.errors import DataError
 from pipeline.networks.contrast import ContrastiveObjective, Pairs
 from pipeline.networks.counting import Work, count
 from pipeline.networks.kind import NetworkKind
-from pipeline.workspace.hashing import HashedFile
+from pipeline.workspace.hashing import copy_file
 from pipeline.workspace.store import MANIFEST, Artifact
 
 if TYPE_CHECKING:
@@ -96,12 +95,7 @@ def save_clip_artifact(artifact: Artifact, clip: OpenClip) -> None:
         folder = Path(name)
         save_clip(clip, folder)
         for file in sorted(folder.iterdir(), key=lambda file: (file.name == CONFIG_FILE, file.name)):
-            artifact.write_whole(file.name, partial(_copy, file))
-
-
-def _copy(file: Path, path: Path) -> None:
-    with file.open("rb") as source, HashedFile(path) as target:
-        shutil.copyfileobj(source, target)
+            artifact.write_whole(file.name, partial(copy_file, file))
 
 
 def clip_folder(artifact: Artifact, *, with_weights: bool = True) -> Path:

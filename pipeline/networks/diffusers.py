@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from pipeline.networks.clip import save_clip_artifact
 from pipeline.networks.files import NetworkConfig, save_network, verified_files
 from pipeline.recipe.folder import folder_tables
 from pipeline.recipe.recipe import default_tables
+from pipeline.workspace.hashing import copy_file
 from pipeline.workspace.store import Artifact
 
 Json = dict[str, Any]
@@ -217,7 +219,7 @@ def export_native(networks: dict[str, Artifact], folder: Path) -> None:
     _require_empty(folder)
     for step, artifact in networks.items():
         for name in verified_files(artifact):
-            Artifact(f"{folder.resolve()}/{step}").write_bytes(name, artifact.path(name).read_bytes())
+            Artifact(f"{folder.resolve()}/{step}").write_whole(name, partial(copy_file, artifact.path(name)))
 
 
 def import_diffusers(folder: Path, out: Path) -> list[str]:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import shutil
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,12 @@ def checksum_of_writing(path: Path) -> Generator[Callable[[int], str]]:
         yield lambda num_bytes: _written[path][1] if _written[path][0] == num_bytes else ""
     finally:
         del _written[path]
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file piece by piece, as weights may be larger than memory; its checksum needs no second reading."""
+    with source.open("rb") as stream, HashedFile(target) as copy:
+        shutil.copyfileobj(stream, copy)
 
 
 def sha256_of(path: Path) -> str:

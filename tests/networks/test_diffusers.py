@@ -374,9 +374,16 @@ def test_second_upsampler_stands_beside_the_layout_and_notes_say_what_differs(tm
     assert torch.equal(beside.unet.conv_in.weight, second.unet.conv_in.weight)
 
 
-def test_native_export_copies_every_network(tmp_path: Path) -> None:
-    cascade = make_cascade()
+def test_native_export_copies_every_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a whole file of weights in memory."""
+    cascade, read = make_cascade(), Path.read_bytes
     artifacts = save_cascade(cascade, tmp_path / "in")
+
+    def read_small(path: Path) -> bytes:
+        assert path.suffix != ".safetensors"
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_small)
     export_native(artifacts, tmp_path / "out")
     for name in ("prior", "decoder", "upsampler_1"):
         actual = load_network(Artifact(str(tmp_path / "out" / name)))
