@@ -11,10 +11,9 @@ all variants; they differ in the z_image that it reads:
 A variant is sampled in parts. Each part is committed whole, so that a killed run continues. Legend: N prompts.
 """
 
-import math
 import time
 from collections.abc import Callable, Mapping
-from itertools import pairwise
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -28,8 +27,11 @@ from pipeline.data.selection import embeddings_of
 from pipeline.evaluate.checks import flags_by_attribute, pixel_check
 from pipeline.evaluate.metrics import cosine, mean_of, own_is_nearest, rate_of
 from pipeline.evaluate.order import (
+    NUM_FRECHET_RESAMPLES,
+    NUM_RESAMPLES,
     PAPER_ORDER,
     VARIANTS,
+    Measure,
     Statistic,
     check_order,
     frechet_of_rows,
@@ -38,7 +40,7 @@ from pipeline.evaluate.order import (
 )
 from pipeline.evaluate.parts import check_pixels, picture_seed, read_part, write_rows
 from pipeline.evaluate.prompts import PromptSet, choose_prompts
-from pipeline.evaluate.work import Part
+from pipeline.evaluate.work import Part, plan_parts
 from pipeline.grid import Block, draw_grid
 from pipeline.networks.cascade import load_cascade, network_configs
 from pipeline.pictures import decode, to_png
@@ -52,7 +54,8 @@ from pipeline.workspace.store import Artifact, Workspace
 
 Json = dict[str, Any]
 Watch = Callable[[str, int, int], None]
-"""Called with (variant, pictures done, pictures in all) after each part."""
+"""Called with (variant, pictures done, pictures in all) after each part, and then with ("comparing", resamples of the
+prompts that are computed, resamples in all)."""
 
 RESULT = "ablation.json"
 GRID = "ablation.png"
@@ -67,7 +70,7 @@ def ablate_recipe(recipe: Recipe, *, num_prompts: int, num_shown: int, watch: Wa
         recipe: A recipe with trained networks.
         num_prompts: Prompts to measure: the first ones of ``unclip evaluate``.
         num_shown: How many of these prompts the grid shows.
-        watch: Called after each part.
+        watch: See ``Watch``.
 
     Returns:
         The artifact, with ``ablation.json``, ``ablation.png`` and the shown pictures; and the numbers.
@@ -88,7 +91,7 @@ def ablate_recipe(recipe: Recipe, *, num_prompts: int, num_shown: int, watch: Wa
             networks = {name: artifact for name, artifact in inputs.items() if name in CASCADE_STEPS}
             accelerator = recipe.evaluate.resources.accelerator
             runner = AblationRunner(load_cascade(networks, accelerator, network_configs(recipe)), prompts, output)
-            parts = plan_variants(runner.variants, len(prompts.prompts), recipe.evaluate.batch_size)
+            parts = plan_parts(dict.fromkeys(runner.variants, len(prompts.prompts)), recipe.evaluate.batch_size)
             for part in parts:
                 if part.name not in output.shard_records():
                     runner.run(part, recipe.seed, num_shown)
@@ -100,7 +103,8 @@ def ablate_recipe(recipe: Recipe, *, num_prompts: int, num_shown: int, watch: Wa
                 }
                 for n, prompt in enumerate(prompts.prompts[:num_shown])
             ]
-            output.write_json(RESULT, summarise(output, parts, prompts, runner.references()) | {"shown": shown})
+            numbers = summarise(output, parts, prompts, runner.references(), watch)
+            output.write_json(RESULT, numbers | {"shown": shown})
             output.write_bytes(GRID, to_png(_grid(output, runner.variants, prompts, num_shown)))
             counts = add_counts([record.counts for record in output.shard_records().values()])
             output.commit(manifest_of(step, output, counts, wall_s=time.monotonic() - start))
@@ -113,14 +117,7 @@ def ablation_step(recipe: Recipe, *, num_prompts: int, num_shown: int) -> Step:
     fields = {name: steps["evaluate"].section.get(name) for name in ("prompts_path", "content", "seed")}
     inputs = {name: steps[name].key for name in (*_INPUTS, *CASCADE_STEPS) if name in steps}
     fields |= sampling_tables(recipe)
-    return Step(_STEP, 6, fields | {"num_prompts": num_prompts, "num_shown": num_shown}, inputs)
-
-
-def plan_variants(variants: tuple[str, ...], num_prompts: int, batch_size: int) -> list[Part]:
-    """Cut every variant into the same parts, of at most ``batch_size`` prompts."""
-    count = math.ceil(num_prompts / batch_size)
-    ends = [num_prompts * i // count for i in range(count + 1)]
-    return [Part(name, i, *span) for name in variants for i, span in enumerate(pairwise(ends))]
+    return Step(_STEP, 7, fields | {"num_prompts": num_prompts, "num_shown": num_shown}, inputs)
 
 
 class AblationRunner:
@@ -202,14 +199,18 @@ def summarise(
     parts: list[Part],
     prompts: PromptSet,
     references: tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None],
+    watch: Watch,
 ) -> Json:
-    """The numbers of every variant, and whether the paper's order holds by each of them, from the committed parts."""
+    """The numbers of every variant, and whether the paper's order holds by each of them, from the committed parts.
+
+    ``watch`` is called as for a variant ``comparing``.
+    """
     z_text, real = references
     texts = list(dict.fromkeys(prompt.text for prompt in prompts.prompts))
     own = [texts.index(prompt.text) for prompt in prompts.prompts]
     first = np.array([z_text[own.index(number)] for number in range(len(texts))])
     table: Json = {}
-    measures: dict[str, dict[str, Statistic]] = {}
+    columns: dict[str, dict[str, Statistic]] = {}
     counts: dict[str, int] = {}
     for variant in dict.fromkeys(part.kind for part in parts):
         rows = [row for part in parts if part.kind == variant for row in read_part(output, part)]
@@ -221,15 +222,19 @@ def summarise(
         }
         if real is not None and len(rows) > 1:
             table[variant]["frechet_clip"] = frechet_of_rows(z_image, real)
-            measures.setdefault("frechet_clip", {})[variant] = frechet_statistic(z_image, real)
+            columns.setdefault("frechet_clip", {})[variant] = frechet_statistic(z_image, real)
             counts["frechet_clip"] = len(rows)
         checks = pixel_check(rows, prompts)
         if checks:
             table[variant]["pixel_check"] = checks
         for name, column in (values | flags_by_attribute(rows, prompts)).items():
-            measures.setdefault(name, {})[variant] = mean_statistic(column)
+            columns.setdefault(name, {})[variant] = mean_statistic(column)
             counts[name] = len(column)
-    order = check_order(PAPER_ORDER, measures, counts)
+    resamples = {"frechet_clip": NUM_FRECHET_RESAMPLES}
+    measures = {
+        name: Measure(variants, counts[name], resamples.get(name, NUM_RESAMPLES)) for name, variants in columns.items()
+    }
+    order = check_order(PAPER_ORDER, measures, partial(watch, "comparing"))
     return {"num_prompts": len(prompts.prompts), "prompts": prompts.source, "variants": table, "order": order}
 
 

@@ -27,10 +27,10 @@ from pipeline.clip.frozen import FrozenClip
 from pipeline.clip.model import create_clip
 from pipeline.errors import ConfigError
 from pipeline.evaluate import metrics as m
-from pipeline.evaluate.ablate import AblationRunner, ablate_recipe, ablation_step, plan_variants
+from pipeline.evaluate.ablate import AblationRunner, ablate_recipe, ablation_step
 from pipeline.evaluate.parts import picture_seed, read_part
 from pipeline.evaluate.prompts import Prompt, PromptSet, choose_prompts
-from pipeline.evaluate.work import Part
+from pipeline.evaluate.work import Part, plan_parts
 from pipeline.networks.table import kind_of
 from pipeline.recipe.plan import artifact_of, inputs_of
 from pipeline.recipe.recipe import Recipe, parse_recipe
@@ -81,7 +81,7 @@ def test_ablation_numbers_agree_with_their_definitions(
     output, result = ablated
     inputs = inputs_of(Workspace(tiny.workspace), ablation_step(tiny, num_prompts=7, num_shown=2))
     prompts = choose_prompts("", inputs["pairs"], inputs["embed"], 7).prompts
-    parts = list(plan_variants(("prior",), 7, tiny.evaluate.batch_size))
+    parts = list(plan_parts({"prior": 7}, tiny.evaluate.batch_size))
     z_drawn = np.array([row["z_image"] for part in parts for row in read_part(output, part)], np.float64)
     clip: Any = cascade.clip
     z_text = clip.encode_text([prompt.text for prompt in prompts]).z_text.numpy()
@@ -92,10 +92,7 @@ def test_ablation_numbers_agree_with_their_definitions(
     expected = m.frechet_distance(m.FeatureSums.of(z_drawn), m.FeatureSums.of(z_real))
     assert numbers["frechet_clip"] == pytest.approx(expected, rel=1e-5)
     differences = [
-        (
-            np.array([row["z_image"] for part in plan_variants((name,), 7, 5) for row in read_part(output, part)])
-            * z_text
-        )
+        (np.array([row["z_image"] for part in plan_parts({name: 7}, 5) for row in read_part(output, part)]) * z_text)
         for name in ("prior", "caption")
     ]
     order = result["order"]["clip_score"]["prior over caption"]

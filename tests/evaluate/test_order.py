@@ -1,17 +1,29 @@
+import math
+from collections import Counter
+from typing import Any
+
 import numpy as np
 import pytest
 
+from pipeline.evaluate import order
 from pipeline.evaluate.metrics import FeatureSums, frechet_distance
 from pipeline.evaluate.order import (
     HOLDS,
     OPEN,
     REVERSED,
+    Measure,
+    Statistic,
     check_order,
-    compare,
     frechet_of_rows,
     frechet_statistic,
     mean_statistic,
 )
+
+
+def compare(first: Statistic, second: Statistic, num_prompts: int) -> Any:
+    """The comparison of two variants by one measure."""
+    measure = Measure({"first": first, "second": second}, num_prompts)
+    return check_order(("first", "second"), {"measure": measure})["measure"]["first over second"]
 
 
 @pytest.mark.parametrize(("num_rows", "num_others"), [(40, 40), (5, 7), (12, 30)])
@@ -54,10 +66,28 @@ def test_the_smaller_frechet_distance_is_the_better_one() -> None:
 
 def test_every_neighbour_of_the_order_is_compared_by_every_measure_with_enough_prompts() -> None:
     values = {name: mean_statistic(np.full(9, level)) for name, level in (("a", 3.0), ("b", 2.0), ("c", 2.5))}
-    table = check_order(("a", "b", "c"), {"level": values, "rare": values}, {"level": 9, "rare": 1})
+    table = check_order(("a", "b", "c"), {"level": Measure(values, 9), "rare": Measure(values, 1)})
     assert table == {
         "level": {
             "a over b": {"difference": 1.0, "low": 1.0, "high": 1.0, "verdict": HOLDS},
             "b over c": {"difference": -0.5, "low": -0.5, "high": -0.5, "verdict": REVERSED},
         }
     }
+
+
+@pytest.mark.parametrize("look_s", [0.0, math.inf])
+def test_each_variant_is_computed_once_for_each_resample_and_says_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, look_s: float
+) -> None:
+    monkeypatch.setattr(order, "_LOOK_S", look_s)
+    calls, looks = Counter[str](), list[tuple[int, int]]()
+
+    def statistic(name: str) -> Statistic:
+        return lambda _: calls.update([name]) or 0.0
+
+    costly = Measure({name: statistic(name) for name in "abcd"}, 9, num_resamples=25)
+    cheap = Measure({name: mean_statistic(np.zeros(9)) for name in "abc"}, 9, num_resamples=75)
+    check_order(("a", "b", "c"), {"cheap": cheap, "costly": costly}, lambda *look: looks.append(look))
+    assert calls == dict.fromkeys("abc", 1 + 25)
+    assert (looks[0], looks[-1]) == ((0, 100), (0 if look_s else 100, 100))
+    assert looks == sorted(looks)
