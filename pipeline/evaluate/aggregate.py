@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pipeline.evaluate.checks import held_out_check, parse_flags, pixel_check
 from pipeline.evaluate.metrics import FeatureSums, cosine, frechet_distance, mean_of, r_precision, rate_of
 from pipeline.evaluate.parts import ENLARGED, read_part
-from pipeline.evaluate.prompts import first_images
+from pipeline.evaluate.prompts import Watch, first_images, unwatched
 from pipeline.evaluate.sets import NUM_NEIGHBOURS, cmmd, precision_recall
 from pipeline.evaluate.work import Work
 from pipeline.retrieve import Neighbour, NeighbourIndex
@@ -49,8 +49,14 @@ class Aggregate:
         self.rows = [row for rows in tables["validation"] for row in rows]
         self._trained_rows = [row for rows in tables["trained"] for row in rows]
 
-    def measure(self, embed: Artifact, neighbours: "TrainingNeighbours") -> Json:
-        """All numbers of metrics.json, without those that cannot be measured on this source of prompts."""
+    def measure(self, embed: Artifact, neighbours: "TrainingNeighbours", watch: Watch = unwatched) -> Json:
+        """All numbers of metrics.json, without those that cannot be measured on this source of prompts.
+
+        Args:
+            embed: The rows that were trained on, to compare with.
+            neighbours: The training rows near a picture.
+            watch: Is told how far the choice of these rows is.
+        """
         metrics: Json = {"num_prompts": len(self.firsts), "prompts": self.prompts.source}
         metrics["num_prompts_in_file"] = self.prompts.num_in_file
         metrics["rows"] = {"validation": "validation", "train": "training"}[self._rows_split]
@@ -59,7 +65,7 @@ class Aggregate:
         metrics["clip_score"] = self._clip_scores()
         metrics["r_precision"] = self._r_precision()
         metrics["preference"] = self._preference()
-        metrics |= self._distances(embed)
+        metrics |= self._distances(embed, watch)
         metrics["frechet_features"] = self._frechet_features()
         metrics["prior"] = self._prior("z_prior")
         metrics["prior_2"] = self._prior("z_prior_2")
@@ -127,7 +133,7 @@ class Aggregate:
                 rates[name] = rate_of(value > 0 for value in comparable).to_dict() | {"without_negative": without}
         return rates | {"chance": 0.5} if rates else {}
 
-    def _distances(self, embed: Artifact) -> Json:
+    def _distances(self, embed: Artifact, watch: Watch) -> Json:
         """Samples against real pictures of the same prompts; ``real`` compares two equal sets of training pictures."""
         count = len(self.firsts)
         if not self._has_real() or count < 2:
@@ -136,7 +142,7 @@ class Aggregate:
         frechet: Json = {"generated": frechet_distance(self._sums("z_image"), self._sums("z_real")), "count": count}
         mmd: Json = {"generated": cmmd(generated, real), "count": count}
         manifolds = {"generated": (generated, real)}
-        train = first_images(embed, 2 * count, "train")
+        train = first_images(embed, 2 * count, "train", watch)
         if len(train) == 2 * count:
             z_image = train.astype(np.float64)
             halves = (z_image[::2], z_image[1::2])

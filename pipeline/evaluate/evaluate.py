@@ -11,7 +11,7 @@ from pipeline.evaluate.aggregate import Aggregate, TrainingNeighbours
 from pipeline.evaluate.features import FeatureExtractor
 from pipeline.evaluate.gallery import Gallery
 from pipeline.evaluate.parts import PartRunner
-from pipeline.evaluate.prompts import choose_prompts, held_out_rows, trained_prompts
+from pipeline.evaluate.prompts import Watch, choose_prompts, held_out_rows, trained_prompts, unwatched
 from pipeline.evaluate.work import Work, plan_parts, samples_of
 from pipeline.networks.cascade import load_cascade, network_configs
 from pipeline.recipe.recipe import Recipe
@@ -23,20 +23,26 @@ Json = dict[str, Any]
 METRICS_FILE = "metrics.json"
 
 
-def plan_work(recipe: Recipe, inputs: Mapping[str, Artifact]) -> Work:
+def plan_work(recipe: Recipe, inputs: Mapping[str, Artifact], watch: Watch = unwatched) -> Work:
     """Choose prompts and rows, and cut them into parts.
+
+    Args:
+        recipe: The recipe.
+        inputs: The artifacts that the step reads.
+        watch: Is told how far the choice is.
 
     Raises:
         DataError: If there is no prompt, or an input breaks its schema.
     """
     config, embed = recipe.evaluate, embeddings_of(inputs)
-    held_out = held_out_rows(embed, config.num_prompts)
+    held_out = held_out_rows(embed, config.num_prompts, watch)
     prompts = choose_prompts(config.prompts_path, inputs["pairs"], embed, config.num_prompts, held_out)
     trained = trained_prompts(config.num_trained_prompts if prompts.source == "drawn" else 0, recipe.seed)
     samples = samples_of(len(prompts.prompts), config.num_shown, config.num_images_per_shown)
     counts = {"samples": len(samples), "trained": len(trained.prompts), "validation": len(held_out.rows)}
     parts = plan_parts(counts, config.batch_size)
-    return Work(prompts, trained, held_out.rows, held_out.split, samples, parts)
+    bigrams = bigrams_of(sample_captions(embed))
+    return Work(prompts, trained, held_out.rows, held_out.split, samples, parts, bigrams)
 
 
 def make_runner(recipe: Recipe, inputs: Mapping[str, Artifact], output: Artifact, work: Work) -> PartRunner:
@@ -47,19 +53,23 @@ def make_runner(recipe: Recipe, inputs: Mapping[str, Artifact], output: Artifact
     extractor = FeatureExtractor(path, device) if path else None
     configs = network_configs(recipe)
     cascade = load_cascade(networks, device, configs)
-    bigrams = bigrams_of(sample_captions(embeddings_of(inputs)))
-    runner = PartRunner(cascade, work, inputs["download"], output, recipe.seed, extractor, bigrams)
+    runner = PartRunner(cascade, work, inputs["download"], output, recipe.seed, extractor)
     if recipe.prior_2 is not None:
         second, config = {"prior": inputs["prior_2"]}, {"prior": configs["prior_2"]}
         runner.second = load_cascade(second, device, config, cascade.clip)
     return runner
 
 
-def finish(recipe: Recipe, inputs: Mapping[str, Artifact], output: Artifact, work: Work) -> Json:
-    """Write metrics.json, samples.jsonl, pictures.json and the grids from the committed parts; return the metrics."""
+def finish(
+    recipe: Recipe, inputs: Mapping[str, Artifact], output: Artifact, work: Work, watch: Watch = unwatched
+) -> Json:
+    """Write metrics.json, samples.jsonl, pictures.json and the grids from the committed parts; return the metrics.
+
+    ``watch`` is told how far the choice of training rows to compare with is.
+    """
     aggregate = Aggregate(output, work)
     neighbours = TrainingNeighbours(inputs["index"])
-    metrics = aggregate.measure(embeddings_of(inputs), neighbours)
+    metrics = aggregate.measure(embeddings_of(inputs), neighbours, watch)
     for name, section in (("prior", recipe.prior), ("prior_2", recipe.prior_2)):
         if section is not None and name in metrics:
             metrics[name]["kind"] = section.model.kind
@@ -72,16 +82,16 @@ def finish(recipe: Recipe, inputs: Mapping[str, Artifact], output: Artifact, wor
 
 def summarise(metrics: Json) -> dict[str, float]:
     """The numbers of metrics.json by dotted name, without counts and intervals, for manifest and tracker."""
-    return dict(_walk(metrics, ""))
+    return dict(_rates_by_name(metrics, ""))
 
 
-def _walk(tables: Json, prefix: str) -> list[tuple[str, float]]:
+def _rates_by_name(tables: Json, prefix: str) -> list[tuple[str, float]]:
     numbers: list[tuple[str, float]] = []
     for name, value in tables.items():
         path = f"{prefix}{name}".replace(" ", "_").replace(",", "")
         if isinstance(value, dict):
             own = [value[name] for name in ("rate", "mean", "difference") if isinstance(value.get(name), int | float)]
-            numbers += [(path, float(own[0]))] if own else _walk(value, f"{path}.")
+            numbers += [(path, float(own[0]))] if own else _rates_by_name(value, f"{path}.")
         elif isinstance(value, int | float):
             numbers.append((path, float(value)))
     return numbers

@@ -22,7 +22,7 @@ from models.pixels import resize, to_pixels, to_uint8
 from models.stage import PIXELS, Z_IMAGE, Batch, DiffusionStage
 from pipeline.clip.frozen import FrozenClip
 from pipeline.data import batches
-from pipeline.data.negatives import Bigrams, hard_negatives
+from pipeline.data.negatives import hard_negatives
 from pipeline.data.shards import StoredPictures
 from pipeline.errors import DataError
 from pipeline.evaluate.features import FeatureExtractor
@@ -79,7 +79,6 @@ class PartRunner:
         output: The evaluate step's artifact.
         seed: The recipe's seed.
         extractor: Features for a second Frechet distance; None: only CLIP's.
-        bigrams: Pairs of words of the corpus, for the hard negatives of captions.
     """
 
     def __init__(
@@ -90,7 +89,6 @@ class PartRunner:
         output: Artifact,
         seed: int,
         extractor: FeatureExtractor | None = None,
-        bigrams: Bigrams = frozenset(),
     ) -> None:
         self._cascade = cascade
         self._clip = cast("FrozenClip", cascade.clip)
@@ -102,7 +100,7 @@ class PartRunner:
         self._seed = seed
         self._samples = work.samples
         self._extractor = extractor
-        self._bigrams = bigrams
+        self._bigrams = work.bigrams
         self._sides_px = list(cascade.sides_px.values())
         self.second: Cascade | None = None
         """The recipe's second prior alone, if it has one; only its embeddings are measured."""

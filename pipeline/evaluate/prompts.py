@@ -5,7 +5,7 @@ the shards.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,12 +15,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.data.drawn import EVALUATION
-from pipeline.data.rows import require_columns
-from pipeline.data.shard_tables import read_table
+from pipeline.data.shard_tables import read_groups, read_table
 from pipeline.errors import DataError
 from pipeline.retrieve.embedded import EmbeddedShards
 from pipeline.retrieve.sample import read_rows
@@ -30,8 +28,15 @@ from pipeline.workspace.store import Artifact
 
 pc: Any = pyarrow.compute  # its functions are created at import, so a type checker does not know them
 _ROW = "row"
-_SHARDS_AT_ONCE = 64
+_ROWS_AT_ONCE = 1 << 20
+"""Rows whose columns are in memory together, if no shard has more: 100 bytes each, and a copy."""
 _THREADS = 16  # an object store answers many requests at a time
+Watch = Callable[[int, int], None]
+"""Called with (shards whose rows were looked at, shards in all), every million rows or so."""
+
+
+def unwatched(_done: int, _total: int, /) -> None:
+    """Watches nothing."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,18 @@ class Choice:
     captioned: tuple[Row, ...]
     """The first row of each caption."""
     split: str
+
+
+@dataclass(frozen=True)
+class _Shard:
+    name: str
+    start: int
+    """The number of its first row through all shards."""
+    num_rows: int
+
+    @property
+    def file(self) -> str:
+        return f"{self.name}.parquet"
 
 
 @dataclass(frozen=True)
@@ -127,30 +144,31 @@ def trained_prompts(num_prompts: int, seed: int) -> PromptSet:
     return PromptSet(tuple(Prompt(canonical_caption(scene), scene=scene) for scene in scenes), "trained")
 
 
-def held_out_rows(embed: Artifact, num_rows: int) -> Choice:
+def held_out_rows(embed: Artifact, num_rows: int, watch: Watch = unwatched) -> Choice:
     """Validation rows, or training rows if there are no validation rows.
 
     Args:
         embed: The embed step.
         num_rows: Most rows.
+        watch: See ``Watch``.
 
     Raises:
         DataError: If nothing is embedded, or a shard is damaged.
     """
     for split in ("validation", "train"):
-        choice = choose_rows(embed, num_rows, split)
+        choice = choose_rows(embed, num_rows, split, watch)
         if choice.rows:
             return choice
     raise DataError(f"{embed.uri}: no rows: nothing was downloaded, or no picture could be read")
 
 
-def choose_rows(embed: Artifact, num_rows: int, split: str) -> Choice:
+def choose_rows(embed: Artifact, num_rows: int, split: str, watch: Watch = unwatched) -> Choice:
     """The rows of a split whose uids come first, and the first row of each caption, at most ``num_rows`` of each."""
 
     def select(rows: pa.Table) -> pa.Table:
         return rows.take(pa.array(np.union1d(np.arange(min(num_rows, len(rows))), _of_captions(rows, num_rows))))
 
-    places = _first_places(embed, split, ("key", "caption"), select)
+    places = _first_places(embed, split, ("key", "caption"), select, watch)
     if not places.num_rows:
         return Choice((), (), split)
     embedded, numbers = EmbeddedShards.open([embed]), places[_ROW].to_numpy()
@@ -168,9 +186,9 @@ def choose_rows(embed: Artifact, num_rows: int, split: str) -> Choice:
     return Choice(tuple(rows[:num_rows]), tuple(rows[place] for place in _of_captions(places, num_rows)), split)
 
 
-def first_images(embed: Artifact, num_rows: int, split: str) -> NDArray[np.float32]:
+def first_images(embed: Artifact, num_rows: int, split: str, watch: Watch = unwatched) -> NDArray[np.float32]:
     """z_image of the ``num_rows`` rows of a split whose uids come first, (N, D), of length one, in their order."""
-    numbers = _first_places(embed, split, (), lambda rows: rows.slice(0, num_rows))[_ROW].to_numpy()
+    numbers = _first_places(embed, split, (), lambda rows: rows.slice(0, num_rows), watch)[_ROW].to_numpy()
     if not len(numbers):
         return np.zeros((0, 0), np.float32)
     order = np.argsort(numbers)
@@ -179,45 +197,78 @@ def first_images(embed: Artifact, num_rows: int, split: str) -> NDArray[np.float
 
 
 def _first_places(
-    embed: Artifact, split: str, columns: Sequence[str], select: Callable[[pa.Table], pa.Table]
+    embed: Artifact, split: str, columns: Sequence[str], select: Callable[[pa.Table], pa.Table], watch: Watch
 ) -> pa.Table:
     """Columns of some rows of a split, in the order of their uids, and their numbers through all shards.
 
-    Of each shard these columns alone are fetched, once; memory is that of a run of shards.
+    Of each shard these columns alone are fetched, once; in memory are those of ``_ROWS_AT_ONCE`` rows.
 
     Args:
         embed: The embed step.
         split: The split.
         columns: Further columns of strings; null becomes empty.
         select: Chooses among rows in the order of their uids; what it leaves out of some rows is not in the result.
+        watch: See ``Watch``.
     """
-    records = embed.shard_records()
-    starts = np.cumsum([0, *(record.counts["ok"] for record in records.values())]).tolist()
-    shards = [
-        (name, start)
-        for (name, record), start in zip(records.items(), starts, strict=False)
-        if not record.splits or record.splits.get(split)
-    ]
+    names = ("uid", *columns)
+    chosen = pa.schema([*((name, pa.large_string()) for name in names), (_ROW, pa.int64())]).empty_table()
+    for parts in _read_runs(embed, split, names, watch):
+        rows = pa.concat_tables([chosen, *parts])
+        chosen = select(rows.sort_by([("uid", "ascending"), (_ROW, "ascending")]).combine_chunks())
+    return chosen
 
-    def read(shard: tuple[str, int]) -> pa.Table:
-        name, start = shard
-        rows = read_table(embed.ranged(f"{name}.parquet"), ["uid", "split", *columns], use_threads=False)
-        texts = {column: pc.fill_null(rows[column].cast(pa.string()), "") for column in ("uid", *columns)}
+
+def _read_runs(embed: Artifact, split: str, names: Sequence[str], watch: Watch) -> Iterator[list[pa.Table]]:
+    """Columns of strings of all rows of a split, with their numbers: of as many shards together as rows allow.
+
+    A shard may have any number of rows: an imported part has a million, and its captions 100 MB. A larger one is read
+    by its row groups.
+    """
+    shards = list[_Shard]()
+    start = 0
+    for name, record in embed.shard_records().items():
+        if not record.splits or record.splits.get(split):
+            shards.append(_Shard(name, start, record.counts["ok"]))
+        start += record.counts["ok"]
+
+    def of_split(rows: pa.Table, start: int) -> pa.Table:
+        texts = {name: pc.fill_null(rows[name].cast(pa.large_string()), "") for name in names}
         numbers = pa.array(np.arange(start, start + rows.num_rows))
         return pa.table(texts | {_ROW: numbers}).filter(pc.equal(rows["split"], split))
 
-    schema = pa.schema([*((name, pa.string()) for name in ("uid", *columns)), (_ROW, pa.int64())])
-    chosen = schema.empty_table()
+    def read(shard: _Shard) -> pa.Table:
+        return of_split(read_table(embed.ranged(shard.file), ["split", *names], use_threads=False), shard.start)
+
+    num_read = 0
     with ThreadPoolExecutor(_THREADS) as threads:
-        for first in range(0, len(shards), _SHARDS_AT_ONCE):
-            rows = pa.concat_tables([chosen, *threads.map(read, shards[first : first + _SHARDS_AT_ONCE])])
-            chosen = select(rows.sort_by([("uid", "ascending"), (_ROW, "ascending")]).combine_chunks())
-    return chosen
+        for run in _runs_of(shards):
+            if run[0].num_rows > _ROWS_AT_ONCE:
+                start = run[0].start
+                for rows in read_groups(embed.ranged(run[0].file), ["split", *names]):
+                    yield [of_split(rows, start)]
+                    start += rows.num_rows
+            else:
+                yield list(threads.map(read, run))
+            num_read += len(run)
+            watch(num_read, len(shards))
+
+
+def _runs_of(shards: Sequence[_Shard]) -> Iterator[list[_Shard]]:
+    """Consecutive shards whose rows are not too many together; one at least."""
+    run, num_rows = list[_Shard](), 0
+    for shard in shards:
+        if run and num_rows + shard.num_rows > _ROWS_AT_ONCE:
+            yield run
+            run, num_rows = [], 0
+        run.append(shard)
+        num_rows += shard.num_rows
+    if run:
+        yield run
 
 
 def _of_captions(rows: pa.Table, count: int) -> NDArray[np.int64]:
     """The places of the first row of each caption, ascending, at most ``count``; rows without a caption are none."""
-    captions = pa.concat_arrays([pa.array([], pa.string()), *rows["caption"].chunks])
+    captions = pa.concat_arrays([pa.array([], pa.large_string()), *rows["caption"].chunks])
     has_text = np.flatnonzero(pc.not_equal(pc.utf8_trim_whitespace(captions), "").to_numpy(zero_copy_only=False))
     codes = captions.dictionary_encode().indices.to_numpy()
     _, firsts = np.unique(codes[has_text], return_index=True)
@@ -226,7 +277,7 @@ def _of_captions(rows: pa.Table, count: int) -> NDArray[np.int64]:
 
 def _read_scenes(pairs: Artifact) -> list[Prompt]:
     path = pairs.path(EVALUATION)
-    table = _read(path, ["prompt", "kind", "scene"])
+    table = read_table(path, ["prompt", "kind", "scene"])
     prompts: list[Prompt] = []
     for number, row in enumerate(table.to_pylist()):
         try:
@@ -242,14 +293,6 @@ def _read_scenes(pairs: Artifact) -> list[Prompt]:
 def parse_scene(data: dict[str, Any]) -> Scene:
     """A scene from its JSON form (``dataclasses.asdict``)."""
     return Scene(tuple(Object(**item) for item in data["objects"]), data["background"], data.get("relation"))
-
-
-def _read(path: Path, columns: list[str]) -> pa.Table:
-    try:
-        require_columns(list(pq.read_schema(path).names), columns, where=str(path))
-        return pq.read_table(path, columns=columns)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: damaged ({error}); remove its folder and run the step again") from None
 
 
 def _read_lines(path: str) -> list[str]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from pipeline.data.negatives import Bigrams
 from pipeline.evaluate.prompts import PromptSet, Row
 
 
@@ -57,6 +58,8 @@ class Work:
     samples: Sequence[tuple[int, int]]
     """(prompt number, image number) of each sample."""
     parts: Sequence[Part]
+    bigrams: Bigrams = frozenset()
+    """Pairs of words of the corpus, for the hard negatives of captions."""
 
     @property
     def num_items(self) -> int:

@@ -56,14 +56,25 @@ def run_evaluate(context: StepContext) -> StepResult:
     from pipeline.evaluate.evaluate import finish, plan_work, summarise
 
     resources = context.recipe.evaluate.resources
-    work = plan_work(context.recipe, context.inputs)
+    progress = Progress(context.output)
+    progress.update(0, 1, "", "choosing rows", force=True)
+    work = plan_work(
+        context.recipe,
+        context.inputs,
+        lambda done, total: progress.update(0, 1, "", f"choosing rows: {done} of {total} shards"),
+    )
     context = EvaluateContext(**vars(context), work=work)
     job = ShardJob(EvaluateWorker, [part.name for part in work.parts], work.num_items, resources)
     records = map_shards(context, job)
-    progress = Progress(context.output)
-    progress.update(work.num_items, work.num_items, "rows", "combining numbers and pictures", force=True)
-    metrics = finish(context.recipe, context.inputs, context.output, work)
-    progress.update(work.num_items, work.num_items, "rows", force=True)
+    progress, num_items = Progress(context.output), work.num_items
+
+    def combine(done: int = 0, total: int = 0) -> None:
+        training = f": training rows of {done} of {total} shards" if total else ""
+        progress.update(num_items, num_items, "rows", f"combining numbers and pictures{training}", force=True)
+
+    combine()
+    metrics = finish(context.recipe, context.inputs, context.output, work, combine)
+    progress.update(num_items, num_items, "rows", force=True)
     return StepResult(counts=total_counts(records), metrics=summarise(metrics), num_workers=resources.num_workers)
 
 

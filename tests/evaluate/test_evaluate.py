@@ -17,6 +17,7 @@ from models.decoder.stage import DecoderStage
 from models.diffusion.process import Diffusion
 from models.pixels import resize, to_pixels, to_uint8
 from models.prior.stage import PriorStage
+from pipeline.data import vectors
 from pipeline.data.negatives import Bigrams, bigrams_of
 from pipeline.data.rows import make_uid
 from pipeline.data.shards import StoredPictures
@@ -24,6 +25,7 @@ from pipeline.data.vectors import read_vectors, to_unit
 from pipeline.errors import DataError
 from pipeline.evaluate import metrics as m
 from pipeline.evaluate import parts
+from pipeline.evaluate import prompts as prompts_module
 from pipeline.evaluate.evaluate import finish, make_runner, plan_work, summarise
 from pipeline.evaluate.features import FeatureExtractor
 from pipeline.evaluate.parts import PartRunner, picture_seed, read_part
@@ -186,9 +188,8 @@ def _rows_of_captions(
     work, output = plan_work(recipe, _inputs(recipe)), Artifact(str(folder))
     rows = [dataclasses.replace(work.rows[0], caption=caption) for caption in captions]
     part = Part("validation", 0, 0, len(rows))
-    runner = PartRunner(
-        cascade, dataclasses.replace(work, rows=rows), _inputs(recipe)["download"], output, 0, None, bigrams
-    )
+    work = dataclasses.replace(work, rows=rows, bigrams=bigrams)
+    runner = PartRunner(cascade, work, _inputs(recipe)["download"], output, 0)
     runner.run(part)
     return read_part(output, part)
 
@@ -437,6 +438,29 @@ def test_rows_are_chosen_by_uid_whatever_the_number_asked(tmp_path: Path) -> Non
     assert len(first_images(embed, 3, "validation")) == 0
 
 
+@pytest.mark.parametrize("rows_per_shard", [7, 25])
+def test_rows_are_chosen_with_few_shards_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows_per_shard: int
+) -> None:
+    """Shards of any size: several together, one alone, and one by its row groups."""
+    embed, sizes, looks, concat = Artifact(str(tmp_path)), list[int](), list[tuple[int, int]](), pa.concat_tables
+    monkeypatch.setattr(vectors, "ROW_GROUP_ROWS", 5)
+    rows = _embeddings(embed, [f"caption {number}" for number in range(100)], rows_per_shard)
+
+    def measured(tables: Sequence[pa.Table]) -> pa.Table:
+        sizes.append(sum(table.num_rows for table in tables[1:]))
+        return concat(tables)
+
+    monkeypatch.setattr(prompts_module, "_ROWS_AT_ONCE", 20)
+    monkeypatch.setattr(prompts_module.pa, "concat_tables", measured)
+    choice = choose_rows(embed, 10, "train", lambda *look: looks.append(look))
+    assert [row.uid for row in choice.rows] == [row["uid"] for row in rows[:10]]
+    assert (sum(sizes), max(sizes) <= 20) == (100, True)
+    num_shards = -(-100 // rows_per_shard)
+    assert looks[-1] == (num_shards, num_shards)
+    assert len(looks) > 2
+
+
 def test_a_caption_is_one_prompt_and_an_empty_one_is_none(tmp_path: Path) -> None:
     embed, pairs = Artifact(str(tmp_path / "embed")), Artifact(str(tmp_path / "pairs"))
     captions = ["photo" if number % 10 else f"caption {number}" for number in range(500)]
@@ -470,8 +494,10 @@ def test_a_broken_evaluation_table_is_a_data_error_that_names_it(tiny: Recipe, t
             path.write_bytes(b"PAR1 not parquet")
         else:
             pq.write_table(pa.table(rows), path)
-    with pytest.raises(DataError, match=r"evaluation\.parquet"):
+    with pytest.raises(DataError, match=r"evaluation\.parquet") as caught:
         choose_prompts("", pairs, _inputs(tiny)["embed"], 5)
+    if damage == "bytes":
+        assert "; bring it back from a copy" in str(caught.value)
 
 
 def test_a_broken_part_is_a_data_error_that_names_it(tmp_path: Path) -> None:

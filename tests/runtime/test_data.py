@@ -14,6 +14,8 @@ from pipeline.data.rows import make_uid
 from pipeline.data.shards import StoredPictures
 from pipeline.errors import DataError, StepError
 from pipeline.evaluate.evaluate import finish, make_runner, plan_work
+from pipeline.evaluate.prompts import Watch
+from pipeline.evaluate.work import Work
 from pipeline.recipe.plan import artifact_of, make_plan, manifest_of
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.retrieve import NeighbourIndex
@@ -24,7 +26,7 @@ from pipeline.runtime.download import run_download
 from pipeline.runtime.index import run_index
 from pipeline.runtime.pairs import run_pairs
 from pipeline.workspace.manifest import ShardRecord
-from pipeline.workspace.progress import read_progress
+from pipeline.workspace.progress import Progress, read_progress
 from pipeline.workspace.store import LIVE, Artifact, Workspace
 from tests.ports import free_port
 from tests.tiny.networks import make_clip
@@ -161,6 +163,23 @@ def test_run_pairs_that_is_interrupted_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no usable row"):
         run_pairs(context)
     assert [name for name in context.output.names() if not name.startswith("live/")] == []
+
+
+def test_an_evaluation_says_how_far_the_choice_of_its_rows_is(tiny: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    messages = list[str]()
+
+    def choose(_recipe: Recipe, _inputs: object, watch: Watch) -> Work:
+        watch(3, 9)
+        raise DataError("no rows")
+
+    def note(_progress: Progress, _done: int, _total: int, unit: str, message: str, **_: object) -> None:
+        messages.append(f"{unit}{message}")
+
+    monkeypatch.setattr("pipeline.evaluate.evaluate.plan_work", choose)
+    monkeypatch.setattr(Progress, "update", note)
+    with pytest.raises(DataError, match="no rows"):
+        run_evaluate(StepContext(tiny, evaluate_step(tiny), tiny.workspace))
+    assert messages == ["choosing rows", "choosing rows: 3 of 9 shards"]
 
 
 def test_run_evaluate_keeps_committed_parts_and_ends_in_the_bytes_of_one_process(tiny: Recipe, tmp_path: Path) -> None:
