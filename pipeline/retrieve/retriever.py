@@ -7,6 +7,7 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Literal
 
 import numpy as np
@@ -77,6 +78,7 @@ class Retriever:
         self.index = index
         self._columns: Callable[[str], StoredColumns] = functools.cache(self._columns_of)
         self._pictures: Callable[[str], StoredPictures] = functools.cache(_pictures_of)
+        self._lock = Lock()
 
     @classmethod
     def open(cls, index: Artifact, *, version_number: int | None = None, is_verified: bool = False) -> "Retriever":
@@ -211,7 +213,8 @@ class Retriever:
             DataError: If it cannot be read; names shard, key and uid.
         """
         [source] = self.index.sources_of([neighbour.id])
-        pictures = self._pictures(self.index.sources[int(source)].uri)
+        with self._lock:  # threads that ask at once must share the shards that stay open
+            pictures = self._pictures(self.index.sources[int(source)].uri)
         return pictures.read(neighbour.shard, neighbour.key, neighbour.uid)
 
     def id_of(self, uid: str) -> int | None:

@@ -26,6 +26,8 @@ _MAX_CANDIDATES = 50_000
 _MAX_ID = 2**53
 _MEASURING = ThreadPoolExecutor(1, "unclip-near-copy")
 """Measures take seconds on a large index, and wait here for one another: other threads stay free for requests."""
+_PICTURES = ThreadPoolExecutor(8, "unclip-pictures")
+"""Pictures of an object store take some requests each: of 40 one after another, seconds."""
 _JPEG = b"\xff\xd8"
 
 
@@ -88,13 +90,15 @@ class LocalNeighbours:
             with self._timed():
                 results = self._retriever.search(vectors, k, modality, conditions, check=check)
                 rows = iter(self._rows([neighbour.id for result in results for neighbour in result.neighbours]))
+            shown = [neighbour for result in results for neighbour in result.neighbours[:num_pictures]]
+            pictures = iter(list(_PICTURES.map(lambda neighbour: self._picture(neighbour, check), shown)))
             return [
                 [
                     NeighbourRow(
                         neighbour.id,
                         neighbour.similarity,
                         next(rows),
-                        self._picture(neighbour, check) if place < num_pictures else None,
+                        next(pictures) if place < num_pictures else None,
                     )
                     for place, neighbour in enumerate(result.neighbours)
                 ]

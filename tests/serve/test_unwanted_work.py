@@ -14,7 +14,7 @@ import torch
 
 from models.cascade import Cascade
 from pipeline.retrieve.retriever import Conditions
-from pipeline.serve import deadlines
+from pipeline.serve import deadlines, local_neighbours
 from pipeline.serve.deadlines import NotWanted
 from pipeline.serve.engine import Engine
 from pipeline.serve.local_neighbours import LocalNeighbours
@@ -130,7 +130,8 @@ def test_a_search_that_nobody_waits_for_reads_no_further_pictures(
         await asyncio.wait([task])
         may_end.set()
 
-    with ThreadPoolExecutor(1) as threads:  # whose end is waited for
+    with ThreadPoolExecutor(1) as of_pictures, ThreadPoolExecutor(1) as threads:  # whose end is waited for
+        monkeypatch.setattr(local_neighbours, "_PICTURES", of_pictures)
         monkeypatch.setattr(deadlines, "_THREADS", threads)
         asyncio.run(leave())
     assert len(read) == 1

@@ -5,6 +5,7 @@ import io
 import json
 import random
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,13 +30,14 @@ from pipeline.forget.rewrite import rewrite
 from pipeline.recipe.pairs_sections import PairsConfig
 from pipeline.recipe.sections import IndexConfig
 from pipeline.retrieve.build import build_index
+from pipeline.retrieve.index import Neighbour
 from pipeline.retrieve.retriever import Retriever
 from pipeline.serve.local_neighbours import LocalNeighbours
 from pipeline.workspace.forgotten import Forgotten, Rewrite
 from pipeline.workspace.manifest import Manifest, ShardRecord
 from pipeline.workspace.store import Artifact, Workspace
 from tests.s3_server import Request, S3Server
-from tests.tiny.shards import write_tar, write_vectors
+from tests.tiny.shards import make_embeddings, write_tar, write_vectors
 
 _ROWS, _DIM = 40, 16
 _SCHEMA = pa.schema(
@@ -110,6 +112,24 @@ def test_pictures_of_neighbours_cost_a_request_each_and_not_their_tars(
         assert _of(requests, ".tar") == kinds
         assert sum(one.num_bytes for one in requests if "download" in one.name) < 0.1 * tar_bytes
     assert not [one for one in requests if one.name.endswith(".parquet") and "download" in one.name]
+
+
+def test_pictures_of_a_search_are_fetched_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    embed, query = Workspace(str(tmp_path)).artifact("embed", "e"), np.eye(_DIM, dtype=np.float32)
+    make_embeddings(embed, query, query, _DIM)
+    index = Artifact(str(tmp_path / "index"))
+    build_index(embed, index, IndexConfig(kind="flat", recall_target=1.0), seed=0)
+    retriever, both = Retriever.open(index), threading.Barrier(2)
+
+    def picture(neighbour: Neighbour) -> bytes:
+        both.wait(60)
+        return b"\xff\xd8" + neighbour.uid.encode()
+
+    monkeypatch.setattr(retriever, "picture", picture)
+    results = asyncio.run(LocalNeighbours(retriever).search(query[:2], 3, "image", num_pictures=2))
+    for rows in results:
+        uids = [row.picture and row.picture[2:].decode() for row in rows]
+        assert uids == [rows[0].columns["uid"], rows[1].columns["uid"], None]
 
 
 def test_every_picture_is_read_at_its_place(
