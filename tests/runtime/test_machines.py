@@ -9,7 +9,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from pipeline.errors import ConfigError
-from pipeline.recipe.lineage import RESOLVED
+from pipeline.recipe.last_run import RESOLVED
 from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.runtime import machines as looking
