@@ -8,10 +8,12 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Any, Literal, get_args
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.errors import ConfigError
+from pipeline.workspace.lock import locked
 
 Scope = Literal["images", "search", "metrics"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
@@ -63,14 +66,16 @@ def add_key(path: Path, name: str, scopes: Sequence[Scope] = SCOPES, **limits: i
         The key, which stands nowhere else.
 
     Raises:
-        ConfigError: If the file cannot be read or written, or has a key of that name.
+        ConfigError: If the file cannot be read, or written with its owner and mode, or has a key of that name.
+        StepError: If another process changes it at this moment.
     """
-    keys = read_keys(path) if path.exists() else []
-    if any(key.name == name for key in keys):
-        raise ConfigError(f"{path}: has a key named {name!r}; revoke it first, or take another name")
-    secret = _PREFIX + secrets.token_urlsafe(32)
-    created = datetime.now(UTC).isoformat(timespec="seconds")
-    _write(path, [*keys, Key(name, digest_of(secret), tuple(scopes), **limits, created=created)])
+    with _changing(path):
+        keys = read_keys(path) if path.exists() else []
+        if any(key.name == name for key in keys):
+            raise ConfigError(f"{path}: has a key named {name!r}; revoke it first, or take another name")
+        secret = _PREFIX + secrets.token_urlsafe(32)
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        _write(path, [*keys, Key(name, digest_of(secret), tuple(scopes), **limits, created=created)])
     return secret
 
 
@@ -78,14 +83,17 @@ def revoke_key(path: Path, name: str) -> None:
     """Take a key out of a file; running servers notice at their next request.
 
     Raises:
-        ConfigError: If the file cannot be read or written, or has no key of that name.
+        ConfigError: If the file cannot be read, or written with its owner and mode, or has no key of that name.
+        StepError: If another process changes it at this moment.
     """
-    keys = read_keys(path)
-    rest = [key for key in keys if key.name != name]
-    if len(rest) == len(keys):
-        names = ", ".join(key.name for key in keys) or "none"
-        raise ConfigError(f"{path}: has no key named {name!r}; its keys: {names}")
-    _write(path, rest)
+    read_keys(path)  # a path that was mistyped gets no folder for a lock
+    with _changing(path):
+        keys = read_keys(path)
+        rest = [key for key in keys if key.name != name]
+        if len(rest) == len(keys):
+            names = ", ".join(key.name for key in keys) or "none"
+            raise ConfigError(f"{path}: has no key named {name!r}; its keys: {names}")
+        _write(path, rest)
 
 
 def read_keys(path: Path) -> list[Key]:
@@ -107,14 +115,39 @@ def digest_of(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
+@contextmanager
+def _changing(path: Path) -> Generator[None]:
+    """Let one process read and write the file: of two, neither may bring back what the other one has revoked."""
+    file = path.resolve()
+    lock = file.with_name(f".{file.name}.lock")
+    with locked(str(lock), f"{path}: another command is changing it", warn=lambda _: None):
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
 def _write(path: Path, keys: Sequence[Key]) -> None:
+    """Replace the file, or the one that a link leads to; who could read it can read it afterwards."""
+    file = path.resolve()
     text = json.dumps({"keys": [asdict(key) for key in keys]}, indent=1)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # its mode is 0600
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-        Path(temporary).replace(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")  # its mode is 0600
+        temporary = Path(name)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                stream.write(text + "\n")
+            if file.exists():
+                status = file.stat()
+                temporary.chmod(stat.S_IMODE(status.st_mode))
+                os.chown(temporary, status.st_uid, status.st_gid)
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except PermissionError as error:
+        reason = f"{error.strerror}; run the command as its owner, or as root"
+        raise ConfigError(f"{path}: cannot be written: {reason}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
 

@@ -1,5 +1,6 @@
 import base64
 import json
+import os
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -7,18 +8,19 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
 from models.request import SampleRequest
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StepError
 from pipeline.recipe.picture_card import ModelCard
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.guarded_model import GuardedModel, load_hook
 from pipeline.serve.guards import Guards, GuardSettings
-from pipeline.serve.keys import KeyRing, Meter, add_key, read_keys, revoke_key
+from pipeline.serve.keys import Key, KeyRing, Meter, add_key, read_keys, revoke_key
 from pipeline.serve.protocols import Accepted, Images, NotServing, Overloaded, Preview, SampledPictures
 from tests.tiny.command import unclip_here
 from tests.tiny.shards import pixels
@@ -104,6 +106,53 @@ def test_the_file_holds_no_key_and_nobody_else_may_read_it(keys: Path) -> None:
     with pytest.raises(ConfigError, match="no such file of keys; first: unclip keys add"):
         read_keys(keys.with_name("none.json"))
     assert [path.name for path in keys.parent.iterdir()] == ["keys.json"]
+
+
+def test_who_could_read_the_file_can_read_it_after_a_change(keys: Path) -> None:
+    """A server may be another user, and read the file by its group or owner."""
+    add_key(keys, "alice")
+    keys.chmod(0o640)
+    if os.geteuid() == 0:
+        os.chown(keys, 12, 34)
+    before = keys.stat()
+    add_key(keys, "bob")
+    revoke_key(keys, "alice")
+    after = keys.stat()
+    assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
+
+
+def test_a_file_whose_owner_cannot_be_kept_stays_as_it_is(keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_key(keys, "alice")
+    before = keys.read_bytes()
+    monkeypatch.setattr(os, "chown", Mock(side_effect=PermissionError(1, "Operation not permitted")))
+    with pytest.raises(ConfigError, match="run the command as its owner, or as root"):
+        revoke_key(keys, "alice")
+    assert keys.read_bytes() == before
+    assert [path.name for path in keys.parent.iterdir()] == ["keys.json"]
+
+
+def test_a_key_is_revoked_in_the_file_that_a_link_leads_to(keys: Path, tmp_path: Path) -> None:
+    add_key(keys, "alice")
+    link = tmp_path / "current" / "keys.json"
+    link.parent.mkdir()
+    link.symlink_to(keys)
+    revoke_key(link, "alice")
+    assert read_keys(keys) == []
+    assert link.is_symlink()
+
+
+def test_two_changes_at_a_time_lose_none(keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_key(keys, "alice")
+
+    def revoke_meanwhile(path: Path) -> list[Key]:
+        monkeypatch.undo()
+        with pytest.raises(StepError, match="another command is changing it"):
+            revoke_key(path, "alice")
+        return read_keys(path)
+
+    monkeypatch.setattr("pipeline.serve.keys.read_keys", revoke_meanwhile)
+    add_key(keys, "bob")
+    assert [key.name for key in read_keys(keys)] == ["alice", "bob"]
 
 
 @pytest.mark.parametrize(
