@@ -51,6 +51,8 @@ class ServeGatewayConfig:
     """How long fewer of them would do before one is ended, in seconds; it finishes its requests."""
     cpus_per_replica: NonNegativeFloat = 0.0
     """Logical CPUs that each reserves."""
+    memory_gb_per_replica: NonNegativeFloat = 0.0
+    """Memory of each that Ray reserves, in GB; 0: none. Each reads the index, unless serve.neighbours does."""
     label_selector: dict[str, str] = field(default_factory=dict[str, str])
     """Labels of Ray that their machines must have."""
 

@@ -8,6 +8,7 @@ import copy
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import yaml
 
 from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import Recipe, to_dict
+from pipeline.recipe.serve_sections import ServeGatewayConfig, ServeStageConfig
 from pipeline.runtime.draining import Announce
 from pipeline.runtime.environment import runtime_environment
 from pipeline.runtime.jobs import entrypoint, job_name
 from pipeline.runtime.parts import needs_of_replica, parts_of, place_of
-from pipeline.runtime.serve_file import serve_file
+from pipeline.runtime.placement import ROLE
+from pipeline.runtime.serve_file import HTTP, serve_file
 from pipeline.runtime.served import server_name
 from pipeline.serve.http_server import is_loopback
 
@@ -81,7 +84,7 @@ def _from_secret(name: str) -> dict[str, Any]:
 
 
 def ray_service(recipe: Recipe, image: str, announce: Announce) -> str:
-    """The manifest of a server, in YAML, with a kind of machine for each part of the networks.
+    """The manifest of a server, in YAML: a kind of machine for each part of the networks, and for HTTP if it needs one.
 
     Args:
         recipe: A checked recipe whose networks are finished, in a workspace that is a URI.
@@ -102,10 +105,20 @@ def ray_service(recipe: Recipe, image: str, announce: Announce) -> str:
     manifest["metadata"]["name"] = _name(f"unclip-{server_name(recipe)}")
     spec = manifest["spec"]
     spec["upgradeStrategy"] = {"type": "NewClusterWithIncrementalUpgrade", "clusterUpgradeOptions": _UPGRADE}
-    spec["serveConfigV2"] = serve_file(recipe, announce)
     cluster = spec["rayClusterConfig"]
+    gateway, head = recipe.serve.gateway, cluster["headGroupSpec"]["labels"]
+    has_own = gateway.cpus_per_replica or gateway.memory_gb_per_replica or gateway.label_selector.items() - head.items()
+    if has_own:  # by a label, because Ray counts the head's memory as free
+        gateway = replace(gateway, label_selector={ROLE: HTTP, **gateway.label_selector})
+        recipe = replace(recipe, serve=replace(recipe.serve, gateway=gateway))
+    spec["serveConfigV2"] = serve_file(recipe, announce)
     [group] = cluster["workerGroupSpecs"]
-    cluster["workerGroupSpecs"] = [_group(recipe, part, group, image) for part in parts_of(recipe)]
+    cluster["workerGroupSpecs"] = [
+        _group(part, place_of(recipe.serve, part), group, image, needs_of_replica(recipe.serve, part).get("GPU", 0.0))
+        for part in parts_of(recipe)
+    ]
+    if has_own:
+        cluster["workerGroupSpecs"].append(_group(HTTP, gateway, {**group, "labels": {}}, image))
     return yaml.safe_dump(manifest, sort_keys=False)
 
 
@@ -114,9 +127,14 @@ def _name(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).rstrip("-")[-_MOST_NAME:].lstrip("-0123456789")
 
 
-def _group(recipe: Recipe, part: str, group: dict[str, Any], image: str) -> dict[str, Any]:
+def _group(
+    part: str,
+    place: ServeStageConfig | ServeGatewayConfig,
+    group: dict[str, Any],
+    image: str,
+    gpus_per_replica: float = 0.0,
+) -> dict[str, Any]:
     """Machines of which each takes one replica of a part."""
-    place, on_gpu = place_of(recipe.serve, part), "GPU" in needs_of_replica(recipe.serve, part)
     for name, value in place.label_selector.items():
         if value.startswith(("!", "in(")):
             raise ConfigError(
@@ -125,10 +143,10 @@ def _group(recipe: Recipe, part: str, group: dict[str, Any], image: str) -> dict
             )
     own_gb, cpus = math.ceil(place.memory_gb_per_replica), math.ceil(place.cpus_per_replica) + _RAY_CPUS
     memory = f"{own_gb + _GB_PER_CPU if own_gb else _GB_PER_CPU * cpus}G"
-    gpus = {"nvidia.com/gpu": str(math.ceil(place.gpus_per_replica))} if on_gpu else {}
+    gpus = {"nvidia.com/gpu": str(math.ceil(gpus_per_replica))} if gpus_per_replica else {}
     group = copy.deepcopy(group)
     [container] = group["template"]["spec"]["containers"]
-    container["image"] = f"{image}:{'gpu' if on_gpu else 'cpu'}"
+    container["image"] = f"{image}:{'gpu' if gpus_per_replica else 'cpu'}"
     container["resources"] = {
         "requests": {"cpu": str(cpus), "memory": memory},
         "limits": {"memory": memory, **gpus},

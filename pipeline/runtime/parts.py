@@ -19,7 +19,7 @@ NEIGHBOURS = "neighbours"
 """Name of the deployment that has the index."""
 _FIRST = "prior"
 """The part of a chain with CLIP, the prior, and what has no part of its own."""
-_BYTES_PER_GB = 1e9
+BYTES_PER_GB = 1e9
 _SPARE_REQUESTS = 64
 _UPSCALE_DELAY_S = 10.0
 HEALTH_CHECK_PERIOD_S = 1.0
@@ -126,7 +126,7 @@ def needs_of_replica(config: ServeConfig, part: str = NETWORKS) -> dict[str, flo
     if config.accelerator == "cuda" and part != NEIGHBOURS:
         needs["GPU"] = place.gpus_per_replica
     if place.memory_gb_per_replica:
-        needs["memory"] = place.memory_gb_per_replica * _BYTES_PER_GB
+        needs["memory"] = place.memory_gb_per_replica * BYTES_PER_GB
     return needs
 
 

@@ -13,6 +13,7 @@ from pipeline.runtime.draining import Announce
 from pipeline.runtime.front_replica import FrontReplica
 from pipeline.runtime.ledger import Ledger
 from pipeline.runtime.parts import (
+    BYTES_PER_GB,
     HEALTH_CHECK_PERIOD_S,
     networks_options,
     part_tables,
@@ -34,6 +35,11 @@ PROXY_ENVIRONMENT = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
 }
 """Of every `ray start`: Ray Serve's proxies then answer in the API's form, and a dead one is missed for 4 s, not 28."""
+
+_ALONE = """\
+# Have no other file on its cluster: `serve deploy` ends the servers of the file before, with their requests.
+# Where `unclip serve` has run before, first `serve shutdown`: Ray Serve keeps the HTTP options of its start.
+"""
 
 _LEDGER_TABLE = {"name": LEDGER, "num_replicas": 1, "ray_actor_options": {"num_cpus": 0}}
 _http: Any = serve.deployment(serve.ingress()(FrontReplica), name=HTTP)
@@ -74,7 +80,11 @@ def serve_file(recipe: Recipe, announce: Announce) -> str:
     http = {
         "name": HTTP,
         **scaling_of(gateway),
-        "ray_actor_options": {"num_cpus": gateway.cpus_per_replica, "label_selector": gateway.label_selector},
+        "ray_actor_options": {
+            "num_cpus": gateway.cpus_per_replica,
+            **({"memory": int(gateway.memory_gb_per_replica * BYTES_PER_GB)} if gateway.memory_gb_per_replica else {}),
+            "label_selector": gateway.label_selector,
+        },
         "max_ongoing_requests": _HTTP_REQUESTS,
         "graceful_shutdown_timeout_s": config.drain_s,
         "health_check_period_s": HEALTH_CHECK_PERIOD_S,
@@ -104,4 +114,4 @@ def serve_file(recipe: Recipe, announce: Announce) -> str:
     }
     ServeDeploySchema.model_validate(file)
     environment = " ".join(f"{name}={value}" for name, value in PROXY_ENVIRONMENT.items())
-    return f"# Start Ray on every machine with: {environment}\n{yaml.safe_dump(file, sort_keys=False)}"
+    return f"# Start Ray on every machine with: {environment}\n{_ALONE}{yaml.safe_dump(file, sort_keys=False)}"

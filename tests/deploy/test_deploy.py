@@ -12,6 +12,7 @@ from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import jsonschema
 import pytest
@@ -117,14 +118,50 @@ def test_serve_prints_a_rayservice_with_machines_for_each_part_of_a_chain(monkey
         ray_service(parse_recipe({"workspace": "s3://b/w"}), "host/unclip", pytest.fail)
 
 
+@pytest.mark.parametrize(
+    ("gateway", "expected"),
+    [
+        ({}, None),
+        ({"label_selector": {ROLE: "head"}}, None),
+        ({"label_selector": {"tier": "front"}, "replicas": [1, 3]}, ("4G", "1", {ROLE: "http", "tier": "front"}, 3)),
+        ({"memory_gb_per_replica": 11.5, "cpus_per_replica": 2}, ("16G", "3", {ROLE: "http"}, 1)),
+    ],
+)
+def test_a_rayservice_has_machines_for_what_its_http_processes_ask_for(
+    gateway: dict[str, Any], expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve = {"host": "0.0.0.0", "keys": "keys.json", "accelerator": "cuda", "gateway": gateway}
+    recipe = parse_recipe({"workspace": "s3://b/w", "serve": serve})
+    file = Mock(return_value="applications: []\n")
+    monkeypatch.setattr("pipeline.runtime.kuberay.serve_file", file)
+    service = yaml.safe_load(ray_service(recipe, "host/unclip", pytest.fail))
+    _validate(service)
+    placed = file.call_args.args[0].serve.gateway
+    first, *others = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    assert (first["groupName"], first["labels"]) == ("networks", {ROLE: "serve"})
+    sizes: list[Any] = []
+    for group in others:
+        [container] = group["template"]["spec"]["containers"]
+        assert (group["groupName"], container["image"]) == ("http", "host/unclip:cpu")
+        requests = container["resources"]["requests"]
+        assert container["resources"]["limits"] == {"memory": requests["memory"]}
+        assert placed.label_selector == group["labels"]
+        sizes.append((requests["memory"], requests["cpu"], group["labels"], group["maxReplicas"]))
+    assert sizes == ([] if expected is None else [expected])
+
+
 @pytest.mark.parametrize("value", ["in(H100,H200)", "!T4", "!in(T4,L4)"])
 def test_a_kind_of_machine_has_one_label_of_each_name(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kubernetes would refuse a label like that."""
-    serve = {"host": "0.0.0.0", "keys": "keys.json", "label_selector": {"gpu": value}}
-    recipe = parse_recipe({"workspace": "s3://b/w", "serve": serve})
     monkeypatch.setattr("pipeline.runtime.kuberay.serve_file", lambda *_: "applications: []\n")
-    with pytest.raises(ConfigError, match=f"gpu = {re.escape(value)}, but"):
-        ray_service(recipe, "host/unclip", pytest.fail)
+    for part, changes in (
+        ("networks", {"label_selector": {"gpu": value}}),
+        ("http", {"gateway": {"label_selector": {"gpu": value}}}),
+    ):
+        serve = {"host": "0.0.0.0", "keys": "keys.json", **changes}
+        recipe = parse_recipe({"workspace": "s3://b/w", "serve": serve})
+        with pytest.raises(ConfigError, match=f"of {part} has gpu = {re.escape(value)}, but"):
+            ray_service(recipe, "host/unclip", pytest.fail)
 
 
 def test_submit_prints_a_rayjob_with_the_recipe_and_a_cluster_of_its_own(tmp_path: Path) -> None:

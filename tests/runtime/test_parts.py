@@ -118,6 +118,21 @@ def test_the_file_for_serve_deploy_names_what_it_imports(recipe: Recipe) -> None
         serve_file(open_to_all, lines.append)
 
 
+def test_the_file_for_serve_deploy_reserves_memory_for_the_process_that_reads_the_index(recipe: Recipe) -> None:
+    gateway = replace(recipe.serve.gateway, memory_gb_per_replica=2.5)
+    file = yaml.safe_load(serve_file(replace(recipe, serve=replace(recipe.serve, gateway=gateway)), lambda _: None))
+    http = file["applications"][0]["deployments"][0]
+    assert (http["name"], http["ray_actor_options"]["memory"]) == ("http", 2_500_000_000)
+    usual = yaml.safe_load(serve_file(recipe, lambda _: None))["applications"][0]["deployments"][0]
+    assert "memory" not in usual["ray_actor_options"]
+
+
+def test_the_file_for_serve_deploy_says_what_ends_at_its_deployment(recipe: Recipe) -> None:
+    words = " ".join(line for line in serve_file(recipe, lambda _: None).splitlines() if line.startswith("#"))
+    assert "`serve deploy` ends the servers of the file before" in words
+    assert "`serve shutdown`" in words
+
+
 @pytest.mark.parametrize("words", [("--config-only",), ("--manifest", "IMAGE")])
 def test_the_command_says_what_its_file_lacks(
     words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
