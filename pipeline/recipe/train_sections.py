@@ -167,11 +167,12 @@ class TrainResources:
     kept beside the newest, of a loss the lowest, of others the highest; empty: none."""
     validation: Literal["auto", "in_line", "beside"] = "auto"
     """Who computes loss and measures of each checkpoint on validation rows: in_line, the first worker, for whom the
-    others wait; beside, another process on CPUs or a GPU that are free at that moment, on one machine with the workers'
-    labels, for which nobody waits: if none has room, or the one before still runs, the checkpoint is skipped, which the
-    progress says. The finished network is always validated. auto: beside with several workers on GPUs, else in_line."""
+    others wait; beside, another process on a machine with the workers' labels, for which nobody waits: if none has
+    room, or the one before still runs, the checkpoint is skipped, which the progress says. The finished network is
+    always validated. auto: beside if there may be several workers, else in_line."""
     validation_cpus: NonNegativeFloat = 0.0
-    """CPUs of a validation beside the training; also its torch threads. 0: as many as a worker has."""
+    """CPUs that must be free for a validation beside the training; also its torch threads. 0: as many as a worker has;
+    with workers on CPUs none need be free, because it takes their CPUs as far as they leave them (nice 5)."""
     validation_gpus: NonNegativeFloat = 0.0
     """GPUs of a validation beside the training: 1, or the share of one; 0: it computes on its CPUs."""
     keep_state: bool = False
@@ -252,13 +253,18 @@ class TrainResources:
     def validates_beside(self) -> bool:
         """Whether checkpoints are validated by another process."""
         if self.validation == "auto":
-            return self.most_workers > 1 and self.accelerator == "cuda"
+            return self.most_workers > 1
         return self.validation == "beside"
 
     @property
     def cpus_of_validation(self) -> float:
-        """CPUs of a validation beside the training."""
+        """CPUs that a validation beside the training uses."""
         return self.validation_cpus or self.cpus_per_worker
+
+    @property
+    def shares_cpus_with_validation(self) -> bool:
+        """Whether a validation beside the training runs on its workers' CPUs, and waits for none to be free."""
+        return self.accelerator == "cpu" and not self.validation_cpus
 
     @property
     def shards(self) -> int:

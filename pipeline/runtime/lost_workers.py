@@ -52,6 +52,12 @@ def forget_places(output: Artifact) -> None:
     output.remove(_PLACES)
 
 
+def machine_of_first(output: Artifact) -> str | None:
+    """Ray's id of the machine on which the first worker of a training runs or ran; None if none has begun."""
+    places = (output.find_json(_PLACES) or {"workers": []})["workers"]
+    return places[0]["machine"] if places else None
+
+
 def end_of(context: StepContext, error: Exception, before: Collection[str]) -> End:
     """How a start of a training ended that lost a worker.
 

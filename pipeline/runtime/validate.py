@@ -1,6 +1,7 @@
 """Validations beside a training: of each checkpoint that it commits, one at a time, on what is free at that moment.
 
-A training knows nothing of them and waits for none. A thread beside it looks for new checkpoints and starts a Ray task
+Workers on CPUs leave nothing free: there a validation shares their CPUs, and gives way to them. A training knows
+nothing of its validations and waits for none. A thread beside it looks for new checkpoints and starts a Ray task
 for one; the task writes the result, which the training puts into its curves at its next log line. Only the validation
 of the finished network is waited for, when the training's own workers are free again.
 """
@@ -19,9 +20,11 @@ from typing import Any, Self
 
 import ray
 from ray._private.state import available_resources_per_node
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.recipe.train_sections import TrainResources
 from pipeline.runtime.context import StepContext
+from pipeline.runtime.lost_workers import machine_of_first
 from pipeline.runtime.placement import amounts_of, cluster_has_roles, machine_has, worker_options
 from pipeline.runtime.stopping import is_stop_requested
 from pipeline.runtime.worker_logs import logged
@@ -233,7 +236,8 @@ class ValidationsBeside:
 
     def _start(self, step: int) -> Task:
         name = f"{self._context.step.name}: validate step {step}"
-        reference = _validate.options(name=name, **self._options).remote(self._context, step)
+        options = placed(self._options, machine_of_first(self._context.output))
+        reference = _validate.options(name=name, **options).remote(self._context, step)
         return Task(step, reference.future(), lambda: ray.cancel(reference, force=True), time.monotonic())
 
     def _lacks(self) -> str:
@@ -242,9 +246,20 @@ class ValidationsBeside:
 
 def validation_options(step: str, resources: TrainResources, *, has_roles: bool) -> Json:
     """Ray's options for a validation beside a training: on the machines that are there for its workers, too."""
-    amounts = {"num_cpus": resources.cpus_of_validation, "num_gpus": resources.validation_gpus}
+    cpus = 0.0 if resources.shares_cpus_with_validation else resources.cpus_of_validation
+    amounts = {"num_cpus": cpus, "num_gpus": resources.validation_gpus}
     labels = worker_options(step, resources, has_roles=has_roles).get("label_selector")
     return amounts | ({"label_selector": labels} if labels else {})
+
+
+def placed(options: Json, machine: str | None) -> Json:
+    """The same options; if they ask for nothing that only a worker's machine has, with that of the first worker.
+
+    A machine without CPUs, such as a head, may have little memory, and Ray would take it for such a task.
+    """
+    if machine is None or amounts_of(options) or "label_selector" in options:
+        return options
+    return options | {"scheduling_strategy": NodeAffinitySchedulingStrategy(machine, soft=True)}
 
 
 def lacks(options: Json) -> str:

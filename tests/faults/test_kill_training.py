@@ -53,7 +53,9 @@ class _Disturbed:
         """Start a driver if none is there."""
         if self._run is None:
             words = ["run", str(self._recipe), "--step", "upsampler_1", "--address", self._cluster.address]
-            for change in ("upsampler_1.resources.num_workers=2", f"tracking.uri={self._tracker.uri}"):
+            resources = "upsampler_1.resources"  # in line: 60 validations beside it would take most of the time
+            changes = (f"{resources}.num_workers=2", f"{resources}.validation=in_line")
+            for change in (*changes, f"tracking.uri={self._tracker.uri}"):
                 words += ["--set", change]
             self._run = start_unclip(*words)
 

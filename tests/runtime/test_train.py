@@ -25,7 +25,7 @@ from tests.tiny.recipe import tiny_tables
 from tests.tiny.training import upsampler_context
 
 
-def _recipe(workspace: Path, *, learning_rate: float = 1e-3, **resources: int) -> Recipe:
+def _recipe(workspace: Path, *, learning_rate: float = 1e-3, **resources: int | str) -> Recipe:
     upsampler = {
         "train": {"num_steps": 4, "batch_size": 4, "learning_rate": learning_rate},
         "resources": {"cpus_per_worker": 0.5, "save_every_steps": 2, **resources},
@@ -61,7 +61,9 @@ def test_fit_trains_on_one_worker_and_on_two(tmp_path: Path) -> None:
     with connect():
         weights: dict[int, dict[str, torch.Tensor]] = {}
         for num_workers in (1, 2):
-            context = upsampler_context(_recipe(tmp_path / str(num_workers), num_workers=num_workers))
+            # In line, so that all of its time is that of its workers.
+            recipe = _recipe(tmp_path / str(num_workers), num_workers=num_workers, validation="in_line")
+            context = upsampler_context(recipe)
             with _cpus_taken(seconds=4):
                 begun = time.monotonic()
                 result = _step(context)

@@ -8,7 +8,7 @@ import time
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import pytest
@@ -20,7 +20,7 @@ from pipeline.runtime.connection import connect
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.placement import ROLE
 from pipeline.runtime.train import run_training
-from pipeline.runtime.validate import Task, Validations, lacks, validation_options
+from pipeline.runtime.validate import Task, Validations, lacks, placed, validation_options
 from pipeline.train.results import BesideState, read_beside, write_beside, write_result
 from pipeline.train.resume import checkpoint_name
 from pipeline.workspace.progress import METRICS
@@ -229,16 +229,39 @@ def test_a_failed_training_ends_its_validation(cluster: _Cluster) -> None:
         ({"num_workers": 2, "accelerator": "cuda"}, True),
         ({"num_workers": (1, 2), "accelerator": "cuda"}, True),
         ({"num_workers": 1, "accelerator": "cuda"}, False),
-        ({"num_workers": 2}, False),
-        ({"num_workers": 2, "validation": "beside"}, True),
+        ({"num_workers": 2}, True),
+        ({"num_workers": (1, 2)}, True),
+        ({"num_workers": 1}, False),
+        ({"num_workers": 1, "validation": "beside"}, True),
+        ({"num_workers": 2, "validation": "in_line"}, False),
         ({"num_workers": 2, "accelerator": "cuda", "validation": "in_line"}, False),
     ],
 )
-def test_several_gpus_are_validated_beside_the_training(resources: dict[str, Any], expected: bool) -> None:
+def test_a_training_that_may_have_several_workers_is_validated_beside_it(
+    resources: dict[str, Any], expected: bool
+) -> None:
     section = TrainResources(cpus_per_worker=3.0, **resources)
     assert section.validates_beside == expected
     assert section.cpus_of_validation == 3.0
     assert replace(section, validation_cpus=5.0).cpus_of_validation == 5.0
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "validation_cpus", "free_cpus"), [("cpu", 0.0, 0.0), ("cpu", 2.0, 2.0), ("cuda", 0.0, 3.0)]
+)
+def test_a_validation_needs_no_free_cpu_where_the_workers_have_them_all(
+    accelerator: Literal["cpu", "cuda"], validation_cpus: float, free_cpus: float
+) -> None:
+    resources = TrainResources(
+        num_workers=2, cpus_per_worker=3.0, accelerator=accelerator, validation_cpus=validation_cpus
+    )
+    options = validation_options("prior", resources, has_roles=False)
+    assert options == {"num_cpus": free_cpus, "num_gpus": 0.0}
+    with_roles = validation_options("prior", resources, has_roles=True)
+    machine = "a" * 56  # as long as Ray's ids
+    assert placed(with_roles, machine) == with_roles  # any machine with that role
+    assert placed(options, None) == options  # no worker has begun
+    assert ("scheduling_strategy" in placed(options, machine)) == (free_cpus == 0.0)
 
 
 def test_a_fault_of_looking_itself_is_counted_once(cluster: _Cluster) -> None:
@@ -260,6 +283,7 @@ def test_a_validation_needs_room_on_one_machine_of_those_for_the_training() -> N
         try:
             assert ray.available_resources()["CPU"] == 2
             assert lacks(alone) == "no machine had 2 CPU free"
+            assert lacks(validation_options("prior", TrainResources(num_workers=2), has_roles=True)) == ""
             cluster.add_node(num_cpus=2, labels={ROLE: "download"})
             assert lacks(alone) == ""
             assert lacks(options) == "no machine had 2 CPU free"
@@ -295,12 +319,14 @@ def _kill_validations(count: int, done: threading.Event) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_training_on_ray_is_validated_beside_it_and_is_what_it_would_be_without(tmp_path: Path) -> None:
-    alone, beside, full = (
+    every_cpu = {"num_workers": 2, "cpus_per_worker": max(2, os.cpu_count() or 1) / 2}
+    alone, beside, full, shared = (
         _context(tmp_path / name, **resources)
         for name, resources in (
             ("alone", {"validation": "in_line"}),
             ("beside", {"validation": "beside"}),
-            ("full", {"num_workers": 2, "cpus_per_worker": max(2, os.cpu_count() or 1) / 2, "validation": "beside"}),
+            ("full", {**every_cpu, "validation_cpus": 1.0}),
+            ("shared", every_cpu),
         )
     )
     with connect():
@@ -312,14 +338,27 @@ def test_a_training_on_ray_is_validated_beside_it_and_is_what_it_would_be_withou
         metrics = ray.get(task.remote(beside)).metrics
         done.set()
         killer.join()
-        in_full = ray.get(task.remote(full)).metrics
-    weights = [context.output.path("model.safetensors").read_bytes() for context in (alone, beside)]
-    assert weights[0] == weights[1]
+        in_full, in_shared = (ray.get(task.remote(context)).metrics for context in (full, shared))
+    assert _weights(alone) == _weights(beside)
+    assert _weights(full) == _weights(shared)
     assert metrics["num_failed_validations"] == 1  # the first was begun twice, and killed twice
     assert metrics.items() >= {name: value for name, value in expected.items() if name.startswith("val_")}.items()
-    rows = [[json.loads(line) for line in one.output.path(METRICS).read_text().splitlines()] for one in (alone, beside)]
-    ours, theirs = ({row["step"]: row["val_loss"] for row in part if "val_loss" in row} for part in rows)
+    ours, theirs = _validated(alone), _validated(beside)
     assert ours.items() >= theirs.items()
     assert len(theirs) >= 2
     assert in_full["num_skipped_validations"] == 7  # its workers have every CPU
+    assert in_shared.get("num_skipped_validations", 0) < 7
+    assert "free" not in read_beside(shared.output).reason
+    assert len(_validated(shared)) == 8 - in_shared.get("num_skipped_validations", 0)
+    assert in_shared["val_loss"] == pytest.approx(in_full["val_loss"], rel=1e-4)  # by other numbers of threads
     assert in_full["val_loss"] == pytest.approx(expected["val_loss"], abs=1e-2)
+
+
+def _weights(context: StepContext) -> bytes:
+    return context.output.path("model.safetensors").read_bytes()
+
+
+def _validated(context: StepContext) -> dict[int, float]:
+    """The validation loss of each step that the curves have."""
+    rows = [json.loads(line) for line in context.output.path(METRICS).read_text().splitlines()]
+    return {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}

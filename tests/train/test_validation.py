@@ -2,6 +2,7 @@
 
 import errno
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -199,6 +200,8 @@ def test_a_training_puts_results_from_beside_into_its_curves_and_says_what_was_l
     def watch(done: int, total: int, message: str) -> None:
         messages.append(message)
         if done == 4:
+            while not job.output.exists(checkpoint_name(2)):  # it is written in the background
+                time.sleep(0.01)
             assert validate_beside(job, 2)
             write_beside(job.output, BesideState(skipped=3, failed=1, reason="only 0 of 1 CPU was free"))
 
