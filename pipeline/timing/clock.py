@@ -16,16 +16,17 @@ class Clock:
     """Seconds of work on one device.
 
     One thread on a processor is timed by its processor time, because the wall clock also runs while other programs have
-    the core. Several threads, and a GPU, have the wall clock.
+    the core. Several threads, a GPU, and work that waits for other processes have the wall clock.
 
     Args:
         device: Where the work runs.
         num_threads: Threads of the work.
+        waits: Whether it waits for other processes.
     """
 
-    def __init__(self, device: torch.device, num_threads: int) -> None:
+    def __init__(self, device: torch.device, num_threads: int, *, waits: bool = False) -> None:
         self._device = device
-        self._uses_processor_time = device.type == "cpu" and num_threads == 1
+        self._uses_processor_time = device.type == "cpu" and num_threads == 1 and not waits
 
     def now(self) -> float:
         """Seconds since some start, after all work on the device."""

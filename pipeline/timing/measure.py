@@ -13,9 +13,9 @@ from pipeline.data.npy_folder import count_rows
 from pipeline.data.sources import count_pairs
 from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import Recipe
-from pipeline.recipe.schedule import needs_of, this_machine
+from pipeline.recipe.schedule import Machine, needs_of, this_machine
 from pipeline.recipe.steps import STEP_ROWS
-from pipeline.timing.companion import companions, start_of_a_process_s
+from pipeline.timing.companion import companions, start_of_a_process_s, training_together
 from pipeline.timing.pictures import evaluation_units
 from pipeline.timing.rehearsal import Rehearsal
 from pipeline.timing.trainings import RehearsedTraining
@@ -79,7 +79,7 @@ def _measure(recipe: Recipe, rehearsal: Rehearsal, todo: Collection[str], steps:
     for name in steps:
         watch(name)
         if name in recipe.trained():
-            trainings[name] = rehearsal.training(name)
+            trainings[name] = rehearsal.training(name, process_s)
         elif (unit := rehearsal.rows(name)) is not None:
             rows[name] = unit
     evaluation: EvaluationUnits | None = None
@@ -98,7 +98,12 @@ def _measure(recipe: Recipe, rehearsal: Rehearsal, todo: Collection[str], steps:
         evaluation=evaluation,
     )
     watch("workers side by side")
-    return replace(units, crowding=_crowding(recipe, rehearsal, units))
+    units = replace(units, crowding=_crowding(recipe, rehearsal, units))
+    for name in [name for name in todo if name in trainings and _exchanges(recipe, name)]:
+        watch(f"workers of {name} together")
+        step_s = max(trainings[name].step_s, _step_together_s(recipe, rehearsal, name, this_machine(units.crowding)))
+        trainings[name] = replace(trainings[name], step_s=step_s)
+    return replace(units, trainings=trainings)
 
 
 def _crowding(recipe: Recipe, rehearsal: Rehearsal, units: Units) -> float:
@@ -115,6 +120,20 @@ def _crowding(recipe: Recipe, rehearsal: Rehearsal, units: Units) -> float:
     training = RehearsedTraining(job)
     with companions(job, count):
         return max(1.0, training.step_s() / units.trainings[name].step_s)
+
+
+def _exchanges(recipe: Recipe, name: str) -> bool:
+    """Whether several workers of a training exchange gradients on CPUs."""
+    resources = recipe.trained()[name].resources
+    is_trained = name != "clip" or recipe.clip.source == "train"
+    return is_trained and resources.accelerator == "cpu" and resources.fewest_workers > 1
+
+
+def _step_together_s(recipe: Recipe, rehearsal: Rehearsal, name: str, machine: Machine) -> float:
+    """Time of a step in which the workers of a training exchange what they do, if working side by side cost nothing."""
+    resources = recipe.trained()[name].resources
+    with training_together(rehearsal.job(name), resources.fewest_workers) as job:
+        return RehearsedTraining(job).step_s() / machine.slowdown(resources.fewest_workers * resources.cpus_per_worker)
 
 
 def _require_machine(recipe: Recipe, todo: Collection[str], steps: Collection[str]) -> None:

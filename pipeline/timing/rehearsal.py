@@ -302,15 +302,19 @@ class Rehearsal:
             num_threads=max(1, int(resources.cpus_per_worker)),
         )
 
-    def training(self, name: str) -> TrainingUnits:
+    def training(self, name: str, process_s: float = 0.0) -> TrainingUnits:
         """Take a few steps of a training and write its artifact; a pretrained CLIP only takes its shape.
+
+        Args:
+            name: Its step.
+            process_s: Seconds in which a process starts.
 
         Raises:
             ConfigError: If the shape of a pretrained CLIP is not known on this machine.
         """
         clip = self.recipe.clip
         if name != "clip" or clip.source == "train":
-            return RehearsedTraining(self.job(name)).units()
+            return RehearsedTraining(self.job(name)).units(process_s)
         start = time.perf_counter()
         is_folder = Path(clip.name).is_dir()
         try:

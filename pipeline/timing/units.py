@@ -33,7 +33,8 @@ class TrainingUnits:
     """Times of a training on one worker, in seconds."""
 
     step_s: float
-    """One optimizer step on this worker's share of the batch, with its rows in memory."""
+    """One optimizer step on this worker's share of the batch, with its rows in memory; of several workers on CPUs with
+    what they exchange."""
     start_s: float = 0.0
     """Building the network and reading CLIP, without the captions."""
     row_s: float = 0.0
@@ -45,7 +46,7 @@ class TrainingUnits:
     most_encoded_rows: float = math.inf
     """Rows whose captions are encoded once; with more rows, each batch encodes its own."""
     save_s: float = 0.0
-    """Validation and checkpoint, between the steps."""
+    """Validation and checkpoint, between the steps; of a validation beside them what it takes from the workers."""
     end_s: float = 0.0
     """Validation and writing the artifact, after the last step."""
 

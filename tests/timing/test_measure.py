@@ -1,24 +1,29 @@
 """A recipe with every kind of network is measured; what cannot be measured here is refused."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from pipeline.data.npy_folder import export_embeddings
 from pipeline.data.vectors import to_unit
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, StepError
 from pipeline.networks.table import NETWORKS, kind_of
 from pipeline.recipe.estimate import StepTime, load_times, save_times
 from pipeline.recipe.plan import make_plan, plan_status
 from pipeline.recipe.recipe import Recipe, parse_recipe
+from pipeline.recipe.schedule import this_machine
 from pipeline.recipe.steps import STEP_ROWS
+from pipeline.timing.companion import training_together
 from pipeline.timing.measure import measure
 from pipeline.timing.rehearsal import Rehearsal
 from pipeline.timing.run_time import measure_run
 from pipeline.timing.trainings import RehearsedTraining
 from pipeline.timing.units import step_times
+from pipeline.train.assemble import TrainJob
 from pipeline.workspace.store import Artifact, Workspace
 from tests.tiny.recipe import TRAINED, UNET, merge, tiny_tables, training
 from tests.tiny.shards import make_embeddings
@@ -78,6 +83,54 @@ def test_data_steps_that_only_a_rehearsal_takes_need_their_gpu_too(
     finished = {name: Artifact(str(tmp_path / name)) for name in ("pairs", "download", "clip", "embed")}
     with pytest.raises(ConfigError, match=r"^embed: accelerator is \"cuda\""):
         measure(recipe, finished, only=["prior"])
+
+
+def _two_workers(folder: Path) -> TrainJob:
+    """The rehearsed training of an upsampler on two workers."""
+    recipe = _recipe(folder / "w", upsampler_1={"resources": {"num_workers": 2}})
+    rehearsal = Rehearsal(recipe, folder / "rehearsal", {})
+    rehearsal.pairs()
+    rehearsal.download()
+    return rehearsal.job("upsampler_1")
+
+
+def test_workers_that_train_together_exchange_their_gradients(tmp_path: Path) -> None:
+    job = _two_workers(tmp_path)
+    one_worker = _recipe(tmp_path / "w").upsampler_1
+    norms: list[float] = []
+    with training_together(job, 2) as first:
+        for one in (first, replace(job, recipe=replace(job.recipe, upsampler_1=one_worker))):
+            training = RehearsedTraining(one)
+            training.take_step()
+            norms.append(float(training.state.grad_norm))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)  # of the whole batch
+
+
+def _train_without_others(job: TrainJob) -> None:
+    with training_together(job, 2) as first:
+        training = RehearsedTraining(first)
+        training.take_step()
+        for child in psutil.Process().children():
+            if "pipeline.timing.companion" in child.cmdline():
+                child.kill()
+        for _ in range(3):
+            training.take_step()
+
+
+def test_a_worker_that_is_lost_while_it_is_timed_is_one_message(tmp_path: Path) -> None:
+    job = _two_workers(tmp_path)
+    with pytest.raises(StepError, match=r"ended before it had taken its steps; is memory short\?"):
+        _train_without_others(job)
+
+
+def test_the_step_of_several_workers_is_that_of_all_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RehearsedTraining, "step_s", lambda training: float(training.job.world_size))
+    recipe = _recipe(tmp_path, upsampler_1={"resources": {"num_workers": 2}})
+    watched: list[str] = []
+    units = measure(recipe, {}, watched.append, only=["upsampler_1", "upsampler_2"])
+    assert watched[-1] == "workers of upsampler_1 together"
+    assert units.trainings["upsampler_2"].step_s == 1.0
+    assert units.trainings["upsampler_1"].step_s == 2.0 / this_machine(units.crowding).slowdown(2)
 
 
 def test_semantic_duplicates_are_not_timed(tmp_path: Path) -> None:
