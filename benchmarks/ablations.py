@@ -2,15 +2,18 @@
 
     unclip run configs/demo.toml
     python -m benchmarks.ablations [adapter plain ...] [--share 0.5] [--seeds 3] [--jobs 2] [--device cuda]
+    python -m benchmarks.ablations --seconds 400
 
 Data, CLIP, prior and upsamplers are the demo's own. Each recipe trains what it changes, which is the decoder and, with
 hard negatives, CLIP and prior; then it samples the 240 held-out prompts and checks their pixels. The first row is the
 demo itself. A row takes about 15 minutes of two cores, as `unclip run configs/ablations/NAME.toml` does, and half of
-them with half of the samples. No Ray runs.
+them with half of the samples. No Ray runs. A recipe without a row was not measured.
 
 All recipes see the same number of samples, or the same share of them, and not the same time of a processor: one
-attention is a tenth faster than the demo, and batches of 32 are twice as many steps of the optimizer. The column
-`train_s` is the mean time of a row's trainings, to read the rates by; results that are older than the column lack it.
+attention is a tenth faster than the demo, and batches of 32 are twice as many steps of the optimizer. With `--seconds`
+each decoder gets as many steps as its own step, which is timed first, allows in so many seconds of processor time (on a
+GPU seconds). `steps` are those of the decoder, and `train_s` is the mean time of a row's trainings, to read the rates
+by; results that are older than a column lack it.
 
 Rates are in per cent: the mean over the seeds, and after `+-` half of the distance between the lowest and the highest,
 if there are several.
@@ -25,7 +28,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +47,7 @@ from pipeline.networks.clip import clip_folder
 from pipeline.recipe.plan import Step, artifact_of, finished_artifacts, make_plan, manifest_of
 from pipeline.recipe.recipe import Recipe, load_recipe
 from pipeline.recipe.steps import CASCADE_STEPS
+from pipeline.timing.trainings import RehearsedTraining
 from pipeline.train.assemble import TrainJob
 from pipeline.train.job import run_job
 from pipeline.workspace.manifest import ShardRecord
@@ -58,17 +62,32 @@ SHOWN = {
 }
 """Attributes of the table, by number of objects."""
 _BATCH = 48
+_FIRST_STEPS, _TIMED_STEPS = 3, 20
+"""The first steps reserve memory."""
 
 
-def train_and_check(path: Path, seed: int, device: str, num_threads: int, share: float, num_prompts: int) -> Json:
+@dataclass(frozen=True)
+class Setting:
+    """How the rows are made."""
+
+    device: str
+    num_threads: int
+    """Threads of a training."""
+    num_prompts: int
+    share: float = 1.0
+    """Share of the decoder's steps that its recipe says."""
+    seconds: float = 0.0
+    """Processor time of the decoder's training; 0: as long as its steps take."""
+
+
+def train_and_check(path: Path, seed: int, setting: Setting) -> Json:
     """Train what a recipe changes in the demo, sample its held-out prompts and check them.
 
     Returns:
-        ``recipe``, ``seed``, ``train_s`` and ``pixel_check``.
+        ``recipe``, ``seed``, ``steps`` of the decoder, ``train_s`` and ``pixel_check``.
     """
-    torch.set_num_threads(num_threads)
-    demo, num_steps = load_recipe(DEMO), round(share * load_recipe(path).decoder.train.num_steps)
-    recipe = load_recipe(path, [f"decoder.train.num_steps={num_steps}"])
+    torch.set_num_threads(setting.num_threads)
+    demo, recipe = load_recipe(DEMO), with_steps(path, round(setting.share * load_recipe(path).decoder.train.num_steps))
     same = {step.name: step.key for step in make_plan(demo)}
     inputs = dict(finished_artifacts(demo, ("pairs", "download", "embed", *CASCADE_STEPS)))
     start = time.monotonic()
@@ -79,18 +98,38 @@ def train_and_check(path: Path, seed: int, device: str, num_threads: int, share:
                 if step.name == "embed":
                     _embed(recipe, inputs, output)
                 else:
-                    _train(replace(recipe, seed=seed), step, inputs, output, device, num_threads)
+                    job = _job(replace(recipe, seed=seed), step, inputs, output, setting)
+                    if step.name == "decoder" and setting.seconds:
+                        recipe = with_steps(path, steps_within(setting.seconds, job))
+                        job = replace(job, recipe=replace(recipe, seed=seed))
+                    run_job(job, lambda *_: None)
                 output.commit(manifest_of(step, output))
                 inputs[step.name] = output
-        train_s = time.monotonic() - start
-        return {"recipe": path.stem, "seed": seed, "train_s": train_s} | _check(recipe, inputs, device, num_prompts)
+        train_s, num_steps = time.monotonic() - start, recipe.decoder.train.num_steps
+        run = {"recipe": path.stem, "seed": seed, "steps": num_steps, "train_s": train_s}
+        return run | _check(recipe, inputs, setting)
 
 
-def _train(
-    recipe: Recipe, step: Step, inputs: Mapping[str, Artifact], output: Artifact, device: str, num_threads: int
-) -> None:
-    job = TrainJob(step.name, recipe, dict(inputs), output, step.key, torch.device(device), num_threads=num_threads)
-    run_job(job, lambda *_: None)
+def with_steps(path: Path, num_steps: int) -> Recipe:
+    """A recipe whose decoder one worker trains for so many steps."""
+    return load_recipe(path, [f"decoder.train.num_steps={num_steps}", "decoder.resources.num_workers=1"])
+
+
+def steps_within(seconds: float, job: TrainJob) -> int:
+    """Steps of a training that take so many seconds of processor time, or on a GPU of time; one at least."""
+    training = RehearsedTraining(job)
+    now = time.process_time if job.device.type == "cpu" else training.clock.now
+    for _ in range(_FIRST_STEPS):
+        training.take_step()
+    start = now()
+    for _ in range(_TIMED_STEPS):
+        training.take_step()
+    return max(1, round(seconds / ((now() - start) / _TIMED_STEPS)))
+
+
+def _job(recipe: Recipe, step: Step, inputs: Mapping[str, Artifact], output: Artifact, setting: Setting) -> TrainJob:
+    device = torch.device(setting.device)
+    return TrainJob(step.name, recipe, dict(inputs), output, step.key, device, num_threads=setting.num_threads)
 
 
 def _embed(recipe: Recipe, inputs: Mapping[str, Artifact], output: Artifact) -> None:
@@ -107,10 +146,10 @@ def _embed(recipe: Recipe, inputs: Mapping[str, Artifact], output: Artifact) -> 
         output.commit_shard(ShardRecord(shard=shard, counts=dict(result.counts), files=files, splits=splits))
 
 
-def _check(recipe: Recipe, inputs: Mapping[str, Artifact], device: str, num_prompts: int) -> Json:
-    prompts = choose_prompts("", inputs["pairs"], inputs["embed"], num_prompts)
+def _check(recipe: Recipe, inputs: Mapping[str, Artifact], setting: Setting) -> Json:
+    prompts = choose_prompts("", inputs["pairs"], inputs["embed"], setting.num_prompts)
     networks = {name: artifact for name, artifact in inputs.items() if name in CASCADE_STEPS}
-    cascade, rows = load_cascade(networks, device, network_configs(recipe)), list[Json]()
+    cascade, rows = load_cascade(networks, setting.device, network_configs(recipe)), list[Json]()
     for first in range(0, len(prompts.prompts), _BATCH):
         numbers = range(first, min(first + _BATCH, len(prompts.prompts)))
         seeds = [picture_seed(recipe.seed, number, 0) for number in numbers]
@@ -130,6 +169,7 @@ def table_of(runs: Sequence[Json]) -> list[Json]:
         row: Json = {
             "recipe": name,
             "seeds": len(own),
+            "steps": round(statistics.mean(run["steps"] for run in own)),
             "train_s": round(statistics.mean(run["train_s"] for run in own)),
         }
         for group, attributes in SHOWN.items():
@@ -153,23 +193,26 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="Trainings at a time, each in a process of its own.")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--share", type=float, default=1.0, help="Share of the decoder's steps that the recipe says.")
+    lengths = parser.add_mutually_exclusive_group()
+    lengths.add_argument("--share", type=float, default=1.0, help="Share of the decoder's steps that the recipe says.")
+    lengths.add_argument("--seconds", type=float, default=0.0, help="Processor time of each decoder's training.")
     parser.add_argument("--num-prompts", type=int, default=240)
     args = parser.parse_args()
     names = args.names or ["demo", *sorted(path.stem for path in ABLATIONS.glob("*.toml"))]
     paths = [DEMO if name == "demo" else ABLATIONS / f"{name}.toml" for name in names]
     num_threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
-    settings = (args.device, num_threads, args.share, args.num_prompts)
+    setting = Setting(args.device, num_threads, args.num_prompts, args.share, args.seconds)
     device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+    length = {"seconds": args.seconds} if args.seconds else {"share": args.share}
     runs: list[Json] = []
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        tasks = [pool.submit(train_and_check, path, seed, *settings) for seed in range(args.seeds) for path in paths]
+        tasks = [pool.submit(train_and_check, path, seed, setting) for seed in range(args.seeds) for path in paths]
         for number, task in enumerate(as_completed(tasks)):
             run = task.result()
             runs.append(run)
             print(f"{number + 1}/{len(tasks)}: {run['recipe']}, seed {run['seed']}: {run['train_s']:.0f} s", flush=True)
             runs.sort(key=lambda run: (names.index(run["recipe"]), run["seed"]))
-            publish("ablations", table_of(runs), {"device": device, "share": args.share, "runs": runs})
+            publish("ablations", table_of(runs), {"device": device, **length, "runs": runs})
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pipeline.recipe.plan import make_plan, plan_status
 from pipeline.recipe.recipe import Recipe, load_recipe, parse_recipe
 from pipeline.timing.units import TrainingUnits, Units
 from pipeline.workspace.store import Workspace
+from tests.tiny.command import ROOT
 from tests.tiny.recipe import tiny_tables
 
 _SIZES = (Size((32, 64), 500), Size((16, 64), 100))
@@ -76,6 +77,15 @@ def test_every_size_makes_a_recipe_that_fits_together() -> None:
         assert sides == size.sides_px
         assert recipe.download.image_px == size.sides_px[-1]
         assert recipe.evaluate.num_prompts == size.num_prompts
+
+
+def test_a_small_decoder_reads_its_captions_as_that_of_the_demo_does() -> None:
+    demo = load_recipe(ROOT / "configs/demo.toml").decoder.model
+    for size in CPU_SIZES:
+        recipe = parse_recipe({"workspace": "w"} | cpu_tables(1000, 0.1, size, size.least_steps))
+        model = recipe.decoder.model
+        assert (model.text_adapter, model.pooled_drop_prob) == (demo.text_adapter, demo.pooled_drop_prob)
+        assert demo.text_adapter.depth > 0
 
 
 def _recipe_of_pairs(listed: Path, out: Path) -> Recipe:
