@@ -2,12 +2,15 @@
 
 import ast
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks.ablations import table_of
-from benchmarks.page import FOLDER, MODULES, measured_with, rows_of
+from benchmarks.ablations import steps_within, table_of
+from benchmarks.forecast import compare
+from benchmarks.page import FOLDER, MODULES, main, measured_with, rows_of
 
 
 def test_a_measurement_names_its_device_where_the_results_do() -> None:
@@ -33,10 +36,61 @@ def test_a_measurement_names_its_day_and_the_settings_that_its_command_took() ->
 
 def test_a_row_of_the_ablation_has_the_time_of_its_trainings() -> None:
     checks = {"one object": {"colour": {"generated": {"rate": 0.5}}}}
-    runs = [{"recipe": "demo", "seed": seed, "train_s": 100.0 + 20 * seed, "pixel_check": checks} for seed in (0, 1)]
+    run = {"recipe": "demo", "pixel_check": checks}
+    runs = [run | {"seed": seed, "steps": 1000 + seed, "train_s": 100.0 + 20 * seed} for seed in (0, 2)]
     (row,) = table_of(runs)
-    assert (row["train_s"], row["one object: colour"], row["two objects: binding"]) == (110, "50.0 +- 0.0", None)
+    assert (row["steps"], row["train_s"], row["one object: colour"], row["two objects: binding"]) == (
+        1001,
+        120,
+        "50.0 +- 0.0",
+        None,
+    )
     assert table_of(runs[:1])[0]["one object: colour"] == "50.0"  # one seed says nothing of the spread
+
+
+def test_what_was_not_measured_is_named_on_the_page(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("benchmarks.page.MODULES", {"loop_of_tomorrow": "loop", "reader": "reader"})
+    main()
+    _, loop, reader = capsys.readouterr().out.split("\n## ")
+    assert loop.rstrip().endswith("`loop_of_tomorrow`: not measured yet.")
+    assert "Measured on" in reader
+    assert "not measured yet" not in reader
+
+
+def test_a_forecast_is_compared_with_each_step_and_the_run() -> None:
+    steps: list[dict[str, Any]] = [
+        {"step": "pairs", "state": "done"},
+        {"step": "clip", "start_s": 5.0, "end_s": 15.0},
+        {"step": "decoder", "start_s": 15.0, "end_s": 105.0},
+    ]
+    rows = compare({"steps": steps, "run_s": 105.0}, {"clip": 20.0, "decoder": 120.0, "run": 150.0, "pairs": 1.0})
+    assert [(row["step"], row["off"], row["at_most"]) for row in rows] == [
+        ("clip", 0.5, None),  # a short step
+        ("decoder", 0.25, 0.25),
+        ("run", 0.3, 0.25),
+    ]
+    assert [row["holds"] for row in rows_of("forecast", {"rows": rows})] == ["", "yes", "no"]
+
+
+def test_a_decoder_gets_the_steps_that_its_processor_time_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    spent_s = [0.0]
+
+    class Training:
+        """A step takes half a second; the first three, more."""
+
+        def __init__(self, _job: object) -> None:
+            self.step = 0
+
+        def take_step(self) -> None:
+            spent_s[0] += 0.5 if self.step >= 3 else 5.0
+            self.step += 1
+
+    monkeypatch.setattr("benchmarks.ablations.RehearsedTraining", Training)
+    monkeypatch.setattr("time.process_time", lambda: spent_s[0])
+    job: Any = SimpleNamespace(device=torch.device("cpu"))
+    assert steps_within(100.0, job) == 200
 
 
 @pytest.mark.parametrize("name", MODULES)
