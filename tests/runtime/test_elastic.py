@@ -33,10 +33,16 @@ from tests.tiny.training import upsampler_context
 NUM_STEPS, SAVE_EVERY, LOG_EVERY = 1200, 25, 5
 
 
-def _recipe(workspace: Path, *, num_steps: int = NUM_STEPS, **resources: object) -> Recipe:
+def _recipe(workspace: Path, *, num_steps: int = NUM_STEPS, batch_size: int = 3, **resources: object) -> Recipe:
     upsampler = {
-        "train": {"num_steps": num_steps, "batch_size": 3},
-        "resources": {"save_every_steps": SAVE_EVERY, "log_every_steps": LOG_EVERY, **resources},
+        # With a larger eps the optimizer does not enlarge rounding where gradients are nearly zero.
+        "train": {"num_steps": num_steps, "batch_size": batch_size, "eps": 1e-2},
+        "resources": {
+            "save_every_steps": SAVE_EVERY,
+            "log_every_steps": LOG_EVERY,
+            "validation": "in_line",  # of so many checkpoints, validations beside it would take most of the time
+            **resources,
+        },
     }
     return parse_recipe(tiny_tables(workspace, upsampler_1=upsampler))
 
@@ -83,38 +89,39 @@ def cluster() -> Iterator[Cluster]:
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 @pytest.mark.slow  # Ray takes a minute to miss a machine
-def test_a_machine_that_is_lost_and_one_that_comes(cluster: Cluster, tmp_path: Path) -> None:
-    for_both, done = (
-        upsampler_context(_recipe(tmp_path / "elastic", num_workers=[1, 2], resize_every_s=3.0)),
+@pytest.mark.parametrize(("fewest", "most"), [(1, 2), (3, 4)])
+def test_a_machine_that_is_lost_and_one_that_comes(cluster: Cluster, tmp_path: Path, fewest: int, most: int) -> None:
+    size = {"batch_size": most + 1}
+    elastic, done = (
+        upsampler_context(_recipe(tmp_path / "elastic", num_workers=[fewest, most], resize_every_s=3.0, **size)),
         threading.Event(),
     )
-    output = for_both.output
-    first, _ = cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)
+    output = elastic.output
+    first, *_ = [cluster.add_node(num_cpus=1) for _ in range(most)]
     with connect(cluster.address):
-        task = ray.remote(num_cpus=0, max_retries=0)(run_training).remote(for_both)
+        task = ray.remote(num_cpus=0, max_retries=0)(run_training).remote(elastic)
         watcher = threading.Thread(target=lambda: (ray.wait([task]), done.set()), daemon=True)
         watcher.start()
-        _wait_for(output, [2], done)
+        _wait_for(output, [most], done)
         cluster.remove_node(first, allow_graceful=False)
-        _wait_for(output, [2, 1], done)
+        _wait_for(output, [most, fewest], done)
         cluster.add_node(num_cpus=1)
-        _wait_for(output, [2, 1, 2], done)
+        _wait_for(output, [most, fewest, most], done)
         metrics = ray.get(task).metrics
-        alone = upsampler_context(_recipe(tmp_path / "alone", num_workers=1))
+        alone = upsampler_context(_recipe(tmp_path / "alone", num_workers=1, **size))
         ray.get(ray.remote(num_cpus=0)(run_training).remote(alone))
     assert (metrics["num_steps"], metrics["num_preemptions"]) == (NUM_STEPS, 1)
     assert "num_failures" not in metrics  # that budget is for workers
     progress = read_progress(output)
     assert progress is not None
-    assert progress.wall_s < progress.node_s < 2 * progress.wall_s
+    assert fewest * progress.wall_s < progress.node_s < most * progress.wall_s
     assert progress.notice.startswith("a machine was lost (")
     assert progress.notice.endswith("); it goes on from its newest checkpoint")
-    assert [number for number, _ in _parts(output)] == [2, 1, 2]
+    assert [number for number, _ in _parts(output)] == [most, fewest, most]
     assert sum(steps for _, steps in _parts(output)) == NUM_STEPS
-    weights = [load_file(context.output.path("model.safetensors")) for context in (for_both, alone)]
-    gaps = [float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0]]
-    assert max(gaps) < 1e-2 * max(float(weight.abs().max()) for weight in weights[1].values())
-    assert all(torch.isfinite(weight).all() for weight in weights[0].values())
+    changed, expected = (load_file(context.output.path("model.safetensors")) for context in (elastic, alone))
+    for name, weight in expected.items():
+        torch.testing.assert_close(changed[name], weight, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.ray
