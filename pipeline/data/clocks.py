@@ -18,8 +18,10 @@ class Clock:
     def __init__(self, deadline: asyncio.Timeout) -> None:
         self._deadline = deadline
         self._num_stops = 0
-        self._left_s = 0.0
+        self._left_s = self._stopped_at = 0.0
         """When it was stopped."""
+        self.stopped_s = 0.0
+        """Seconds in which it stood still, until it was started last."""
 
     @property
     def left_s(self) -> float:
@@ -29,16 +31,21 @@ class Clock:
 
     def stop(self, times: int = 1) -> None:
         """Stand still until it was started as many times as it was stopped."""
-        if times and not self._num_stops and not self._deadline.expired():
-            self._left_s = self.left_s
-            self._deadline.reschedule(None)
+        if times and not self._num_stops:
+            self._stopped_at = asyncio.get_running_loop().time()
+            if not self._deadline.expired():
+                self._left_s = self.left_s
+                self._deadline.reschedule(None)
         self._num_stops += times
 
     def start(self, times: int = 1) -> None:
         """Take stops back."""
         self._num_stops -= times
-        if times and not self._num_stops and not self._deadline.expired():
-            self._deadline.reschedule(asyncio.get_running_loop().time() + self._left_s)
+        if times and not self._num_stops:
+            now = asyncio.get_running_loop().time()
+            self.stopped_s += now - self._stopped_at
+            if not self._deadline.expired():
+                self._deadline.reschedule(now + self._left_s)
 
     @contextlib.contextmanager
     def stopped(self) -> Generator[None]:

@@ -23,6 +23,7 @@ import pyarrow as pa
 
 from pipeline.data.bodies import DISK_ERRORS
 from pipeline.data.causes import FetchError
+from pipeline.data.connections import Connections
 from pipeline.data.decoders import Decoders
 from pipeline.data.fetch import Fetcher
 from pipeline.data.hosts import Limits
@@ -161,8 +162,7 @@ class Downloader:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="downloads")
         self._stack = contextlib.AsyncExitStack()
         self._num_done = self._num_waits = 0
-        self.busy_s = 0.0
-        """Seconds of all requests together, each from its turn at a connection to its stored picture or failure."""
+        self._fetch_s = 0.0
         self._unforeseen = set[str]()
         """Types of the errors that were logged."""
 
@@ -298,6 +298,14 @@ class Downloader:
         self._num_waits += self._fetcher.num_waiting > 0
         return self._num_done + self._num_waits
 
+    @property
+    def busy_s(self) -> float:
+        """Seconds of all URLs together, each from its connection to its stored picture or failure.
+
+        Waits for a host's turn, and for a connection after that, are not counted.
+        """
+        return self._fetch_s - self._fetcher.stopped_s
+
     def fetch_rows(
         self, rows: pa.Table, keys: Sequence[str], scratch: IO[bytes], on_progress: OnProgress | None = None
     ) -> list[ShardRow]:
@@ -330,7 +338,7 @@ class Downloader:
 
     async def _open(self) -> None:
         config = self._config
-        self._connections = asyncio.Semaphore(config.resources.num_connections)
+        self._connections = Connections(config.resources.num_connections)
         self._decoders = await self._stack.enter_async_context(Decoders(config, self._num_decoders))
         fetcher = Fetcher(config, self._rules, self._limits, self._connections)
         self._fetcher = await self._stack.enter_async_context(fetcher)
@@ -349,7 +357,7 @@ class Downloader:
             async with self._connections:
                 start = time.monotonic()
                 outcome = await self._fetch_one(request)
-                self.busy_s += time.monotonic() - start
+                self._fetch_s += time.monotonic() - start
             picture = _append(scratch, outcome.data) if isinstance(outcome, StoredPicture) else None
             for number in numbers:
                 results[number] = ShardRow(self._values(stored[number], keys[number], outcome), picture)

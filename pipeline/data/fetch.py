@@ -2,10 +2,11 @@
 
 A file of a store, in a folder that the recipe names, is read with the store's own credentials, and needs no opt-outs.
 
-Every URL has one deadline over everything: name, connection, TLS, redirects, body and further tries. The time that it,
-or the robots.txt that it needs, waits for the host's turn (``Limits``) is not counted. What goes wrong is a
-``FetchError`` of one class; temporary faults are tried again after a growing pause, or after the time that the host
-asks for. Each hop of a redirect is checked against the address rules and the host's opt-outs.
+Every URL has one deadline over everything: name, connection, TLS, redirects, body and further tries. The time in which
+it, or the robots.txt that it needs, waits for the host's turn (``Limits``) or for one of the ``Connections`` is not
+counted. What goes wrong is a ``FetchError`` of one class; temporary faults are tried again after a growing pause, or
+after the time that the host asks for. Each hop of a redirect is checked against the address rules and the host's
+opt-outs.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from pipeline.data import opt_outs
 from pipeline.data.bodies import DISK_ERRORS, Body, read_body
 from pipeline.data.causes import FetchError
 from pipeline.data.clocks import Clock, SharedStops
+from pipeline.data.connections import Connections
 from pipeline.data.hosts import NO_LEASE, HostLimits, Limits
 from pipeline.data.opt_outs import PathRules
 from pipeline.data.resolver import HostCache, Resolver
@@ -47,6 +49,8 @@ _MAX_HEADER_BYTES = 16_384
 _ANSWERED_OTHERWISE = frozenset({"redirects", "url", "scheme"})
 """A robots.txt that leads nowhere counts as none, like a status of 3xx or 4xx (RFC 9309, 2.3.1.2 and 2.3.1.3)."""
 _HOST_IS_AWAY = frozenset({"dns", "connect", "tls", "timeout", "deadline", "lost", "address"})
+_POLICY_FILES = 2
+"""Files of a host that are asked for at once; so many for each connection come at once where none is given back."""
 _STORED_AT_ONCE = 64
 """Files of stores that come at once: they share one way, and all that come together share its time."""
 
@@ -72,8 +76,8 @@ class Fetcher:
         config: The recipe's section.
         rules: Addresses and files that URLs may name.
         limits: Limits of hosts that several workers share; default: those of this fetcher alone.
-        connections: What each caller of ``fetch`` holds one of. It is given back while a URL waits for the turn of a
-            host with limits, so that a crowded host holds up no other. None: nothing is held.
+        connections: What each caller of ``fetch`` holds one of. If hosts have limits, others have it while a URL waits
+            for its host's turn or policy, so that a crowded host holds up no other. None: nothing is held.
     """
 
     def __init__(
@@ -81,7 +85,7 @@ class Fetcher:
         config: DownloadConfig,
         rules: AddressRules,
         limits: Limits | None = None,
-        connections: asyncio.Semaphore | None = None,
+        connections: Connections | None = None,
     ) -> None:
         resources = config.resources
         self._config = config
@@ -89,6 +93,7 @@ class Fetcher:
         self._limits = limits or HostLimits(resources.max_per_host, resources.max_rate_per_host)
         has_limits = bool(resources.max_per_host or resources.max_rate_per_host)
         self._connections = connections if has_limits else None
+        self._policy_connections = Connections(_POLICY_FILES * resources.num_connections)
         self._token = config.user_agent_token.strip().lower()
         self._directives = {directive.strip().lower() for directive in config.disallowed_header_directives}
         self._policies = HostCache(self._policy, _POLICY_TTL_S)
@@ -98,6 +103,8 @@ class Fetcher:
         self._stored_turn = asyncio.Semaphore(_STORED_AT_ONCE)
         self.num_waiting = 0
         """Requests that wait for their host's turn."""
+        self.stopped_s = 0.0
+        """Seconds that the clocks of all fetched URLs stood still."""
 
     async def __aenter__(self) -> Fetcher:
         proxies = {URL(proxy).raw_host or "" for proxy in self._proxies.values()}
@@ -153,10 +160,14 @@ class Fetcher:
         self._rules.require_file(path)
         return await self._in_time(lambda _: asyncio.to_thread(_read_file, path, self._config.max_body_bytes))
 
-    async def _in_time(self, work: Callable[[Clock], Awaitable[Body]]) -> Body:
+    async def _in_time(self, work: Callable[[Clock], Awaitable[Body]], *, is_policy: bool = False) -> Body:
         try:
             async with asyncio.timeout(self._config.deadline_s) as deadline:
-                return await work(Clock(deadline))
+                clock = Clock(deadline)
+                try:
+                    return await work(clock)
+                finally:
+                    self.stopped_s += 0.0 if is_policy else clock.stopped_s
         except TimeoutError:
             raise FetchError("deadline") from None
 
@@ -223,33 +234,36 @@ class Fetcher:
 
     @contextlib.asynccontextmanager
     async def _slot(self, host: str, clock: Clock, policy_of: str) -> AsyncGenerator[None]:
-        lease = NO_LEASE
+        self.num_waiting += 1
         try:
-            self.num_waiting += 1
-            try:
-                with clock.stopped(), self._policy_stops.stopped(policy_of):
-                    async with self._without_connection(is_row=not policy_of):
-                        lease = await self._limits.acquire(host, self._config.deadline_s)
-            finally:
-                self.num_waiting -= 1
-            if lease == NO_LEASE:
-                raise FetchError("http-429", "the host asks to wait for longer than download.deadline_s")
+            with clock.stopped(), self._policy_stops.stopped(policy_of):
+                lease = await self._turn(host, clock, policy_of)
+        finally:
+            self.num_waiting -= 1
+        try:
             yield
         finally:
-            if lease != NO_LEASE:
-                await self._limits.release(host, lease)
+            await self._limits.release(host, lease)
 
-    @contextlib.asynccontextmanager
-    async def _without_connection(self, *, is_row: bool = True) -> AsyncGenerator[None]:
-        """Give a row's connection to another one inside ``async with``; what fetches a host's policy has none."""
-        if self._connections is None or not is_row:
-            yield
-            return
-        self._connections.release()
+    async def _turn(self, host: str, clock: Clock, policy_of: str) -> int:
+        """Wait for the host's turn, without a connection, and then for a connection; returns the lease."""
+        connections = self._policy_connections if policy_of else self._connections
+        reservation = NO_LEASE
         try:
-            yield
-        finally:
-            await self._connections.acquire()
+            while not (lease := await self._limits.start(host, reservation)):
+                async with _lent(connections, clock, has_turn=True):
+                    reservation = await self._reserve(host)
+        except BaseException:  # also a cancellation
+            if reservation != NO_LEASE:
+                await self._limits.release(host, reservation)
+            raise
+        return lease
+
+    async def _reserve(self, host: str) -> int:
+        reservation = await self._limits.reserve(host, self._config.deadline_s)
+        if reservation == NO_LEASE:
+            raise _Final("http-429", "the host asks to wait for longer than download.deadline_s")
+        return reservation
 
     async def _refusal(self, url: Url, response: aiohttp.ClientResponse) -> FetchError:
         retry_after_s = None
@@ -295,7 +309,8 @@ class Fetcher:
         """
         if not self._config.robots_txt and not self._config.tdm_reservation:
             return
-        async with self._without_connection():
+        connections = None if self._policies.knows(url.origin) else self._connections
+        async with _lent(connections, clock):
             with self._policy_stops.joined(url.origin, clock):
                 policy = await self._policies.get(url.origin)
         if not policy.robots.allows(url.target):
@@ -323,13 +338,16 @@ class Fetcher:
         if not is_used:
             return b""
         url = parse_url(origin + path)
-        try:
-            with await self._in_time(
-                lambda clock: self._retry(lambda: self._follow(url, clock, policy_of=origin), clock)
-            ) as body:
-                return body.read()
-        except FetchError as error:
-            return error
+        async with contextlib.AsyncExitStack() as stack:
+            with self._policy_stops.stopped(origin):
+                await stack.enter_async_context(self._policy_connections)
+            try:
+                with await self._in_time(
+                    lambda clock: self._retry(lambda: self._follow(url, clock, policy_of=origin), clock), is_policy=True
+                ) as body:
+                    return body.read()
+            except FetchError as error:
+                return error
 
     def _require_headers(self, response: aiohttp.ClientResponse) -> None:
         values = response.headers.getall("X-Robots-Tag", [])
@@ -340,8 +358,15 @@ class Fetcher:
             raise FetchError("tdm", "header")
 
 
+def _lent(
+    connections: Connections | None, clock: Clock, *, has_turn: bool = False
+) -> contextlib.AbstractAsyncContextManager[None]:
+    """See ``Connections.lent``; nothing where none is held."""
+    return connections.lent(clock, has_turn=has_turn) if connections else contextlib.nullcontext()
+
+
 class _Final(FetchError):
-    """An error that a whole host shares: it was tried again already."""
+    """An error that a whole host shares, and that another try now would not change."""
 
     @property
     def is_temporary(self) -> bool:

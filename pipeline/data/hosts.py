@@ -21,14 +21,30 @@ LONGEST_PAUSE_S = 3600.0
 
 
 class Limits(Protocol):
-    """Where a request waits for its turn."""
+    """Where a request waits for its turn.
 
-    async def acquire(self, host: str, patience_s: float) -> int:
-        """Wait for a slot of the host; returns a lease, or ``NO_LEASE`` if its pause is longer than ``patience_s``."""
+    A request starts in the moment of its lease. What is to be waited for besides (a connection) is waited for between
+    ``reserve`` and ``start``: of leases that wait, many requests would start together.
+    """
+
+    async def start(self, host: str, reservation: int = NO_LEASE) -> int:
+        """Start a request now; a reservation is used up.
+
+        Args:
+            host: Its host.
+            reservation: What ``reserve`` returned; without one, those that wait for the host go first.
+
+        Returns:
+            A lease, or ``NO_LEASE`` if the host's turn is not now, or not any more: then it is to be reserved.
+        """
+        ...
+
+    async def reserve(self, host: str, patience_s: float) -> int:
+        """Wait for the host's turn and keep it; ``NO_LEASE`` if the host's pause is longer than ``patience_s``."""
         ...
 
     async def release(self, host: str, lease: int) -> None:
-        """Give a slot back."""
+        """Give a slot back, or a reservation."""
         ...
 
     async def pause(self, host: str, seconds: float) -> None:
@@ -39,7 +55,9 @@ class Limits(Protocol):
 @dataclass
 class _Host:
     leases: dict[int, float] = field(default_factory=dict[int, float])
-    """When each slot is free at the latest, on the monotonic clock."""
+    """When each slot is free at the latest, on the monotonic clock; also those that are reserved."""
+    reserved: int = NO_LEASE
+    """The newest reservation."""
     next_start: float = 0.0
     """Earliest start of the next request, on the monotonic clock."""
     waiting: int = 0
@@ -55,7 +73,8 @@ class HostLimits:
     Args:
         max_per_host: Most requests to one host at once; 0: no limit.
         max_rate: Most requests to one host, per second; 0: no limit.
-        lease_s: Longest time of a request, in seconds: the slot of a worker that is lost is free after it.
+        lease_s: Longest time of a request, and of a reservation, in seconds: the slot of a worker that is lost is free
+            after it.
     """
 
     def __init__(self, max_per_host: int = 0, max_rate: float = 0.0, *, lease_s: float = 3600.0) -> None:
@@ -67,8 +86,25 @@ class HostLimits:
         """Heap of the times at which hosts that have no request may be forgotten."""
         self._numbers = itertools.count(NO_LEASE + 1)
 
-    async def acquire(self, host: str, patience_s: float) -> int:
-        """See ``Limits``; requests to a host start in the order in which they asked."""
+    async def start(self, host: str, reservation: int = NO_LEASE) -> int:
+        """See ``Limits``."""
+        self._forget_idle()
+        state = self._hosts.setdefault(host, _Host())
+        is_reserved = state.leases.pop(reservation, None) is not None
+        lease = NO_LEASE
+        if (is_reserved or not state.waiting) and not self._wait_s(state):
+            lease = self._lease(state)
+            if self._max_rate:
+                now, interval_s = time.monotonic(), 1 / self._max_rate
+                # What waited for a connection after its turn delays the next one by no more than it has to.
+                since = max(state.next_start, now - interval_s) if is_reserved else now
+                state.next_start = since + interval_s
+        state.changed.set()
+        self._forget(host, state)
+        return lease
+
+    async def reserve(self, host: str, patience_s: float) -> int:
+        """See ``Limits``; turns come in the order in which they were asked for."""
         self._forget_idle()
         state = self._hosts.setdefault(host, _Host())
         state.waiting += 1
@@ -80,11 +116,8 @@ class HostLimits:
                     state.changed.clear()
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(state.changed.wait(), wait_s)
-                lease, now = next(self._numbers), time.monotonic()
-                state.leases[lease] = now + self._lease_s
-                if self._max_rate:
-                    state.next_start = now + 1 / self._max_rate
-                return lease
+                state.reserved = self._lease(state)
+                return state.reserved
         finally:
             state.waiting -= 1
             self._forget(host, state)
@@ -104,6 +137,11 @@ class HostLimits:
         state.changed.set()
         self._forget(host, state)
 
+    def _lease(self, state: _Host) -> int:
+        lease = next(self._numbers)
+        state.leases[lease] = time.monotonic() + self._lease_s
+        return lease
+
     def _wait_s(self, state: _Host) -> float:
         """Seconds until the next request may start, if nothing changes before; 0: now."""
         now = time.monotonic()
@@ -111,6 +149,8 @@ class HostLimits:
             del state.leases[next(iter(state.leases))]
         if self._max_per_host and len(state.leases) >= self._max_per_host:
             return min(state.leases.values()) - now
+        if self._max_rate and state.reserved in state.leases:  # the next one comes a while after this one has started
+            return state.leases[state.reserved] - now
         return max(0.0, state.next_start - now)
 
     def _forget(self, host: str, state: _Host) -> None:

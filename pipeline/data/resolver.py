@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import socket
 import threading
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import aiohttp.abc
@@ -22,13 +24,20 @@ _LOOKUPS_AT_ONCE = 256
 _CACHED_HOSTS = 50_000
 
 
+@dataclass(eq=False)
+class _Answer(Generic[T]):
+    task: asyncio.Task[T | FetchError]
+    since: float = math.inf
+    """When it came, on the monotonic clock."""
+
+
 class HostCache(Generic[T]):
     """Results of coroutines, by key: a key is asked once for all that wait for it, and errors are forgotten sooner."""
 
     def __init__(self, ask: Callable[[str], Coroutine[Any, Any, T | FetchError]], ttl_s: float) -> None:
         self._ask = ask
         self._ttl_s = ttl_s
-        self._tasks: dict[str, tuple[asyncio.Task[T | FetchError], float]] = {}
+        self._answers: dict[str, _Answer[T]] = {}
 
     async def get(self, key: str) -> T:
         """The result of a key.
@@ -36,22 +45,35 @@ class HostCache(Generic[T]):
         Raises:
             FetchError: If the coroutine returned one.
         """
-        now = time.monotonic()
-        task, start = self._tasks.get(key, (None, 0.0))
-        if task is None or now - start > self._ttl_of(task):
-            task = asyncio.create_task(self._ask(key))
-            if len(self._tasks) >= _CACHED_HOSTS:
-                self._tasks.pop(next(iter(self._tasks)))
-            self._tasks[key] = (task, now)
-        result = await asyncio.shield(task)
+        answer = self._answer(key) or self._begin(key)
+        result = await asyncio.shield(answer.task)
         if isinstance(result, FetchError):
             raise type(result)(result.cause, result.detail)  # a new one: many rows raise it
         return result
 
+    def knows(self, key: str) -> bool:
+        """Whether ``get`` waits for nothing."""
+        answer = self._answer(key)
+        return answer is not None and answer.task.done()
+
     def close(self) -> None:
         """Stop what still runs."""
-        for task, _ in self._tasks.values():
-            task.cancel()
+        for answer in self._answers.values():
+            answer.task.cancel()
+
+    def _answer(self, key: str) -> _Answer[T] | None:
+        """The answer of a key, or what asks for it; None if it is to be asked."""
+        answer = self._answers.get(key)
+        is_old = answer is not None and time.monotonic() - answer.since > self._ttl_of(answer.task)
+        return None if is_old else answer
+
+    def _begin(self, key: str) -> _Answer[T]:
+        answer = _Answer(asyncio.create_task(self._ask(key)))
+        answer.task.add_done_callback(lambda _: setattr(answer, "since", time.monotonic()))
+        if len(self._answers) >= _CACHED_HOSTS:
+            self._answers.pop(next(iter(self._answers)))
+        self._answers[key] = answer
+        return answer
 
     def _ttl_of(self, task: asyncio.Task[T | FetchError]) -> float:
         if not task.done():

@@ -148,7 +148,7 @@ class DownloadConfig(StepSection):
     """Longest wait for one network operation, in seconds."""
     deadline_s: PositiveFloat = 30.0
     """Longest time for one URL in all, in seconds: name, connection, redirects, body and further tries. Waiting for its
-    host's turn is not counted."""
+    host's turn, and for a connection after it, is not counted."""
     retries: NonNegativeInt = 1
     """Further tries of a URL after a temporary failure (no connection, a timeout, a lost connection, a busy server)."""
     max_body_bytes: PositiveInt = 64 << 20

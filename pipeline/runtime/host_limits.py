@@ -11,7 +11,7 @@ from typing import Any
 import ray
 import ray.exceptions
 
-from pipeline.data.hosts import HostLimits, Limits
+from pipeline.data.hosts import NO_LEASE, HostLimits, Limits
 from pipeline.errors import StepError
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.placement import cluster_has_roles, controller_options
@@ -36,7 +36,16 @@ class ClusterLimits:
         self._turns: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         """One request of this worker asks for a host at a time, so that few wait at the actor if it is crowded."""
 
-    async def acquire(self, host: str, patience_s: float) -> int:
+    async def start(self, host: str, reservation: int = NO_LEASE) -> int:
+        """See ``pipeline.data.hosts.Limits``.
+
+        Raises:
+            StepError: If the actor is gone for good.
+        """
+        with _gone():
+            return await self._actor.start.remote(host, reservation)
+
+    async def reserve(self, host: str, patience_s: float) -> int:
         """See ``pipeline.data.hosts.Limits``.
 
         Raises:
@@ -44,14 +53,9 @@ class ClusterLimits:
         """
         turn = self._turns.get(host) or asyncio.Lock()
         self._turns[host] = turn
-        try:
+        with _gone():
             async with turn:
-                return await self._actor.acquire.remote(host, patience_s)
-        except ray.exceptions.RayActorError as error:
-            raise StepError(
-                f"download: the process that keeps download.resources.max_per_host and max_rate_per_host is gone "
-                f"({type(error).__name__}); run again to continue"
-            ) from error
+                return await self._actor.reserve.remote(host, patience_s)
 
     async def release(self, host: str, lease: int) -> None:
         """See ``pipeline.data.hosts.Limits``."""
@@ -60,6 +64,18 @@ class ClusterLimits:
     async def pause(self, host: str, seconds: float) -> None:
         """See ``pipeline.data.hosts.Limits``."""
         self._actor.pause.remote(host, seconds)
+
+
+@contextlib.contextmanager
+def _gone() -> Generator[None]:
+    """Say what is lost with the actor."""
+    try:
+        yield
+    except ray.exceptions.RayActorError as error:
+        raise StepError(
+            f"download: the process that keeps download.resources.max_per_host and max_rate_per_host is gone "
+            f"({type(error).__name__}); run again to continue"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
+from collections import defaultdict
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +22,7 @@ from pipeline.clip.model import describe_clip
 from pipeline.data.download import Downloader, address_rules, read_rows
 from pipeline.data.drawn import EVALUATION, write_evaluation
 from pipeline.data.embed import Embedder
+from pipeline.data.hosts import NO_LEASE, HostLimits
 from pipeline.data.make_pairs import write_pairs
 from pipeline.data.npy_folder import NpyPart, find_parts, import_part
 from pipeline.data.pairs import Pairs
@@ -37,6 +39,7 @@ from pipeline.filter.scores import ScoreRules
 from pipeline.networks.clip import clip_folder, save_clip_artifact
 from pipeline.networks.cores import use_cores
 from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.sections import DownloadConfig
 from pipeline.retrieve.build import build_index
 from pipeline.shapes.server import serve_pictures
 from pipeline.timing.clock import Clock
@@ -55,6 +58,7 @@ _IMPORTED_ROWS = 1 << 14
 """Rows of embeddings that are taken over for the time: fewer would mostly show how long files take to open."""
 _KINDS = ("img", "text", "metadata")
 _DEADLINE_S = 5.0
+"""Of a URL, so that a rehearsal with dead hosts is short; rows that a real run waits longer for count as failed."""
 
 
 class Rehearsal:
@@ -138,7 +142,12 @@ class Rehearsal:
         rows = read_rows(Pairs(self.artifact("pairs")), _SHARD, config)
         names = [f"{_SHARD}.tar", f"{_SHARD}.parquet", f"{_SHARD}_stats.json"]
         rules = address_rules(self.recipe.pairs, config)
-        with _pictures(self.recipe), Downloader(config, rules) as downloader, contextlib.ExitStack() as stack:
+        requests = _Requests(config)
+        with (
+            _pictures(self.recipe),
+            Downloader(config, rules, requests) as downloader,
+            contextlib.ExitStack() as stack,
+        ):
             files = ShardFiles(*(stack.enter_context(output.write(name)) for name in names))
             before_s = _processor_s()
             counts = downloader.download(rows, _SHARD, files)
@@ -146,9 +155,9 @@ class Rehearsal:
             seconds = _processor_s() - before_s
         if self.recipe.pairs.source != "drawn":
             # A real worker fetches rows of the next shards meanwhile: a dead host holds up one connection alone.
-            num_at_once = min(config.resources.num_connections, rows.num_rows)
             num_late = failure_causes([output.read_json(names[2])])["deadline"]
-            seconds = max(seconds, (downloader.busy_s + num_late * self._spared_s) / num_at_once)
+            busy_s = downloader.busy_s + num_late * self._spared_s
+            seconds = max(seconds, busy_s / config.resources.num_connections)
         self.num_good = counts["ok"]
         if self.num_good < min(_LEAST_ROWS, self.num_pairs):
             raise DataError(
@@ -156,7 +165,9 @@ class Rehearsal:
                 "look at the list and at the network"
             )
         self._commit(output, dict(counts), names)
-        return RowUnits(row_s=seconds / counts["in"])
+        row_s = seconds / counts["in"]
+        unshared_s = requests.row_s(counts["in"]) - row_s / config.resources.num_workers
+        return RowUnits(row_s=row_s, unshared_row_s=max(0.0, unshared_s))
 
     @cached_property
     def _first_tar(self) -> tuple[str, float]:
@@ -329,6 +340,39 @@ class Rehearsal:
     def _commit(self, output: Artifact, counts: dict[str, int], names: list[str]) -> None:
         files = {name: output.describe(name) for name in names}
         output.commit_shard(ShardRecord(shard=_SHARD, counts=counts, files=files))
+
+
+class _Requests(HostLimits):
+    """The limits of hosts, and the requests to each: more workers do not shorten what a limited host holds up."""
+
+    def __init__(self, config: DownloadConfig) -> None:
+        super().__init__(config.resources.max_per_host, config.resources.max_rate_per_host)
+        self._num_policies = config.robots_txt + config.tdm_reservation
+        self._starts = dict[int, float]()
+        self._times = defaultdict[str, list[float]](list)
+
+    async def start(self, host: str, reservation: int = NO_LEASE) -> int:
+        """See ``HostLimits``."""
+        lease = await super().start(host, reservation)
+        if lease != NO_LEASE:
+            self._starts[lease] = time.monotonic()
+        return lease
+
+    async def release(self, host: str, lease: int) -> None:
+        """See ``HostLimits``."""
+        await super().release(host, lease)
+        if lease in self._starts:
+            self._times[host].append(time.monotonic() - self._starts.pop(lease))
+
+    def row_s(self, num_rows: int) -> float:
+        """Seconds of each row of a list, if the host with the most of ``num_rows`` rows decides; 0 without limits."""
+        return max((self._host_s(times) for times in self._times.values()), default=0.0) / max(1, num_rows - 1)
+
+    def _host_s(self, times: list[float]) -> float:
+        """Seconds that the limits ask for the rows of a host beyond its first, which says nothing of its share."""
+        by_rate_s = 1 / self._max_rate if self._max_rate else 0.0
+        by_count_s = sum(times) / len(times) / self._max_per_host if self._max_per_host else 0.0
+        return max(0, len(times) - self._num_policies - 1) * max(by_rate_s, by_count_s)
 
 
 def _first_rows(part: NpyPart, most: int, folder: Path) -> NpyPart:

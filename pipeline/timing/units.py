@@ -24,6 +24,8 @@ class RowUnits:
 
     row_s: float
     """One row on one worker."""
+    unshared_row_s: float = 0.0
+    """What a row takes beyond that, however many workers there are."""
     fixed_s: float = 0.0
     """What does not depend on the rows, without the start of the process."""
 
@@ -115,7 +117,8 @@ def step_times(recipe: Recipe, units: Units) -> dict[str, StepTime]:
     """
     times: dict[str, StepTime] = {}
     for name, unit in units.rows.items():
-        times[name] = StepTime(units.process_s + unit.fixed_s, units.rows_of(name) * unit.row_s)
+        num_rows = units.rows_of(name)
+        times[name] = StepTime(units.process_s + unit.fixed_s + num_rows * unit.unshared_row_s, num_rows * unit.row_s)
     for name, unit in units.trainings.items():
         num_rows = units.rows_of(name) - _validation_rows(recipe, units, name)
         times[name] = StepTime(units.process_s + training_seconds(recipe.trained()[name], unit, num_rows))

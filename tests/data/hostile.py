@@ -24,7 +24,7 @@ class HostileServer:
     """Listens on three loopback addresses, on one port; use it in a ``with`` block.
 
     ``requests`` counts requests by the Host header and target, ``headers`` keeps the newest head of each target, ``most``
-    is the largest number of requests under way at once by host. ``robots`` and ``tdm`` are files of hosts by name.
+    is the largest number of requests under way at once by host, ``most_in_all`` that of all hosts. ``robots`` and ``tdm`` are files of hosts by name.
     """
 
     def __init__(self) -> None:
@@ -33,6 +33,7 @@ class HostileServer:
         self.times: dict[str, list[float]] = {}
         self.now: Counter[str] = Counter()
         self.most: Counter[str] = Counter()
+        self.most_in_all = 0
         self.robots: dict[str, str] = {}
         self.tdm: dict[str, str] = {}
         self._lock = threading.Lock()
@@ -96,6 +97,7 @@ class HostileServer:
             self.times.setdefault(host, []).append(time.monotonic())
             self.now[host] += 1
             self.most[host] = max(self.most[host], self.now[host])
+            self.most_in_all = max(self.most_in_all, self.now.total())
         try:
             return self._act(connection, host, target)
         finally:
@@ -124,6 +126,9 @@ class HostileServer:
             return _send(connection, b"", status=text.removeprefix("status "))
         if text == "stall":
             return _stall()
+        if text == "slow":
+            time.sleep(0.1)
+            text = ""
         if text == "cut":
             connection.sendall(_head(1000) + b"User-agent: *")
             return False

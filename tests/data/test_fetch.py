@@ -19,7 +19,7 @@ from pipeline.data import bodies, fetch, hosts
 from pipeline.data.causes import CLASSES, FetchError
 from pipeline.data.clocks import Clock, SharedStops
 from pipeline.data.fetch import Fetcher, user_agent
-from pipeline.data.hosts import HostLimits, Limits
+from pipeline.data.hosts import NO_LEASE, HostLimits, Limits
 from pipeline.data.urls import AddressRules
 from pipeline.recipe.sections import DownloadConfig, DownloadResources
 from tests.data.conftest import make_picture
@@ -390,9 +390,9 @@ def test_waiting_for_a_turn_does_not_count_as_slowness(hostile: HostileServer) -
 class _SlowTurns(HostLimits):
     """Every turn comes later than the deadline of a URL."""
 
-    async def acquire(self, host: str, patience_s: float) -> int:
+    async def start(self, host: str, reservation: int = NO_LEASE) -> int:
         await asyncio.sleep(0.8)
-        return await super().acquire(host, patience_s)
+        return await super().start(host, reservation)
 
 
 @pytest.mark.parametrize("path", ["/ok", "/to?url=http://127.0.0.2:{port}/ok"])
@@ -442,9 +442,10 @@ def test_a_host_gets_no_more_requests_a_second_than_allowed(hostile: HostileServ
 def test_the_slot_of_a_lost_worker_is_free_again() -> None:
     async def run() -> float:
         limits = HostLimits(1, lease_s=0.5)
-        await limits.acquire("a", 1)
+        await limits.start("a")
         start = time.monotonic()
-        await limits.acquire("a", 1)
+        assert await limits.start("a") == NO_LEASE
+        await limits.reserve("a", 1)
         return time.monotonic() - start
 
     assert 0.4 < asyncio.run(run()) < 1
@@ -461,12 +462,12 @@ def test_limits_forget_hosts_that_were_to_wait(is_paused: bool) -> None:
     async def run() -> tuple[int, int]:
         limits: Any = HostLimits(0, 0 if is_paused else 5.0)
         for number in range(1000):
-            lease = await limits.acquire(f"host-{number}", 1)
+            lease = await limits.start(f"host-{number}")
             if is_paused:
                 await limits.pause(f"host-{number}", 0.2)
             await limits.release(f"host-{number}", lease)
         await asyncio.sleep(0.3)
-        await limits.acquire("last", 1)
+        await limits.start("last")
         return len(limits._hosts), len(limits._idle)
 
     assert asyncio.run(run()) == (1, 0)
@@ -475,10 +476,11 @@ def test_limits_forget_hosts_that_were_to_wait(is_paused: bool) -> None:
 def test_limits_remember_a_host_until_it_may_be_asked_again() -> None:
     async def run() -> float:
         limits = HostLimits(0, 2.0)
-        await limits.release("a", await limits.acquire("a", 1))
-        await limits.release("b", await limits.acquire("b", 1))
+        await limits.release("a", await limits.start("a"))
+        await limits.release("b", await limits.start("b"))
         start = time.monotonic()
-        await limits.acquire("a", 1)
+        assert await limits.start("a") == NO_LEASE
+        await limits.reserve("a", 1)
         return time.monotonic() - start
 
     assert 0.4 < asyncio.run(run()) < 1
@@ -491,9 +493,9 @@ def test_no_host_is_paused_for_the_whole_run(monkeypatch: pytest.MonkeyPatch, se
     async def run() -> int:
         limits = HostLimits()
         await limits.pause("a", seconds)
-        return await limits.acquire("a", 1)
+        return await limits.start("a", await limits.reserve("a", 1))
 
-    assert asyncio.run(run()) != hosts.NO_LEASE
+    assert asyncio.run(run()) != NO_LEASE
 
 
 def test_no_proxy_is_asked_for_the_loopback(hostile: HostileServer, monkeypatch: pytest.MonkeyPatch) -> None:

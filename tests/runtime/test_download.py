@@ -197,13 +197,13 @@ def test_the_limits_of_hosts_outlive_their_process(tmp_path: Path) -> None:
     async def use() -> None:
         limits = find_limits(context)
         assert limits is not None
-        assert await limits.acquire("a", 1)
+        assert await limits.start("a")
         actor = limits._actor  # type: ignore[attr-defined]
         ray.kill(actor, no_restart=False)
-        assert await limits.acquire("a", 1)  # it knows of no lease any more
+        assert await limits.start("a", await limits.reserve("a", 1))  # it knows of no lease any more
         ray.kill(actor)
         with pytest.raises(StepError, match="max_per_host"):
-            await limits.acquire("a", 1)
+            await limits.reserve("a", 1)
 
     with shared_limits(context):
         asyncio.run(asyncio.wait_for(use(), 60))

@@ -1,5 +1,6 @@
 """The times of data steps are those of the real ones, whatever the rows of a rehearsal are."""
 
+import asyncio
 import io
 import os
 import tarfile
@@ -21,9 +22,12 @@ from pipeline.data.sources import source_of
 from pipeline.data.tars import take_in
 from pipeline.errors import StepError
 from pipeline.recipe.recipe import Recipe, parse_recipe
+from pipeline.recipe.sections import DownloadConfig, DownloadResources
+from pipeline.timing import rehearsal
 from pipeline.timing.companion import companions
 from pipeline.timing.measure import measure
 from pipeline.timing.rehearsal import Rehearsal
+from pipeline.timing.units import RowUnits
 from pipeline.workspace.store import Artifact
 from tests.tiny.recipe import tiny_tables
 
@@ -100,17 +104,22 @@ def address() -> Generator[str]:
     server.shutdown()
 
 
-def _list_recipe(folder: Path, urls: list[str], num_connections: int) -> Recipe:
+def _list_recipe(folder: Path, urls: list[str], num_connections: int, **resources: float) -> Recipe:
     (folder / "pairs.csv").write_text("url,caption\n" + "".join(f"{url},a\n" for url in urls))
-    download = {"allowed_networks": ["127.0.0.0/8"], "resources": {"num_connections": num_connections}}
+    resources |= {"num_connections": num_connections}
+    download = {"allowed_networks": ["127.0.0.0/8"], "resources": resources}
     pairs = {"source": "list", "path": str(folder / "pairs.csv")}
     return parse_recipe(tiny_tables(folder / "w", pairs=pairs, download=download))
 
 
-def _download_row_s(recipe: Recipe, folder: Path) -> float:
+def _download(recipe: Recipe, folder: Path) -> RowUnits:
     rehearsal = Rehearsal(recipe, folder, {})
     rehearsal.pairs()
-    return rehearsal.download().row_s
+    return rehearsal.download()
+
+
+def _download_row_s(recipe: Recipe, folder: Path) -> float:
+    return _download(recipe, folder).row_s
 
 
 def test_one_slow_url_holds_up_its_own_connection_alone(
@@ -136,14 +145,38 @@ def test_rows_wait_for_slow_hosts_as_many_at_a_time_as_there_are_connections(add
     assert _download_row_s(_list_recipe(tmp_path, urls, 2), tmp_path / "rehearsal") >= 0.2 / 2
 
 
+@pytest.mark.parametrize("num_connections", [32, 1024])
 def test_dead_hosts_take_the_deadline_of_a_real_run(
-    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_connections: int
 ) -> None:
     monkeypatch.setattr("pipeline.timing.rehearsal._DEADLINE_S", 1.0)
     urls = [f"{address}/{row}-{seconds}" for row in range(16) for seconds in (0, 60)]
-    recipe = _list_recipe(tmp_path, urls, 32)
-    waits_s = 16 * recipe.download.deadline_s / 32
-    assert _download_row_s(recipe, tmp_path / "rehearsal") * 32 >= waits_s > 1.0
+    recipe = _list_recipe(tmp_path, urls, num_connections)
+    waits_s = 16 * recipe.download.deadline_s
+    seconds = _download_row_s(recipe, tmp_path / "rehearsal") * 32
+    assert seconds >= waits_s / num_connections
+    assert (seconds >= waits_s / 32) == (num_connections == 32)  # a real run has rows for all of them
+
+
+@pytest.mark.parametrize(("limits", "row_s"), [({"max_rate_per_host": 50.0}, 1 / 50), ({"max_per_host": 1}, 0.05)])
+def test_more_workers_do_not_shorten_what_a_limited_host_holds_up(
+    address: str, tmp_path: Path, limits: dict[str, float], row_s: float
+) -> None:
+    recipe = _list_recipe(tmp_path, [f"{address}/{row}-0.05" for row in range(24)], 64, num_workers=16, **limits)
+    unit = _download(recipe, tmp_path / "rehearsal")
+    assert unit.unshared_row_s + unit.row_s / 16 >= 0.99 * row_s
+    assert unit.row_s < 24 * row_s / 2  # the waits for turns are no part of it
+
+
+def test_hosts_of_one_row_each_hold_up_nothing() -> None:
+    async def run(requests: Any) -> None:
+        for number in range(20):
+            for _ in range(3):  # its two policies, and its picture
+                await requests.release(f"host-{number}", await requests.start(f"host-{number}"))
+
+    requests = rehearsal._Requests(DownloadConfig(resources=DownloadResources(max_per_host=1)))
+    asyncio.run(run(requests))
+    assert requests.row_s(20) == 0
 
 
 def test_repeated_rows_are_no_rows_of_the_next_steps(address: str, tmp_path: Path) -> None:

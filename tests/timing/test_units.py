@@ -70,11 +70,12 @@ def test_a_training_that_sees_few_samples_reads_only_these(tmp_path: Path) -> No
 
 def test_step_times_count_the_rows_that_each_step_gets(tmp_path: Path) -> None:
     rows = {name: RowUnits(row_s=1.0, fixed_s=2.0) for name in ("pairs", "download", "embed")}
+    rows["download"] = replace(rows["download"], unshared_row_s=0.25)
     units = Units(process_s=5.0, num_rows=1000, success=0.5, rows=rows)
     times = step_times(_recipe(tmp_path), units)
     assert {name: (value.fixed_s, value.shared_s) for name, value in times.items()} == {
         "pairs": (7.0, 1000.0),
-        "download": (7.0, 1000.0),
+        "download": (257.0, 1000.0),
         "embed": (7.0, 500.0),
     }
 

@@ -1,0 +1,240 @@
+"""Who has a connection while hosts have limits: nobody waits with one, and no request waits for one after its turn."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.data import resolver
+from pipeline.data.causes import FetchError
+from pipeline.data.clocks import Clock
+from pipeline.data.connections import Connections
+from pipeline.data.download import Downloader
+from pipeline.data.fetch import Fetcher
+from pipeline.data.hosts import NO_LEASE, HostLimits
+from pipeline.data.resolver import HostCache
+from pipeline.data.urls import AddressRules
+from pipeline.recipe.sections import DownloadConfig, DownloadResources
+from tests.data.hostile import HostileServer
+from tests.data.test_download import _files, _rows_of
+
+_CONFIG = DownloadConfig(
+    image_px=32,
+    timeout_s=1,
+    retries=0,
+    robots_txt=False,
+    tdm_reservation=False,
+    extra_columns=("score",),
+    resources=DownloadResources(max_per_host=1),
+)
+_WITH_ROBOTS = replace(_CONFIG, robots_txt=True, deadline_s=0.6)
+_NEAR = AddressRules(["127.0.0.0/8"])
+Names = dict[str, tuple[float, list[str]]]
+
+
+async def _until(is_so: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not is_so():
+            await asyncio.sleep(0.01)
+
+
+async def _row(fetcher: Fetcher, connections: Connections, url: str) -> str:
+    """Fetch a URL as a row does: how it ends."""
+    async with connections:
+        try:
+            with await fetcher.fetch(url):
+                return "ok"
+        except FetchError as error:
+            return error.cause
+
+
+async def _hold(connections: Connections, until: Awaitable[object]) -> None:
+    async with connections:
+        await until
+
+
+def test_who_comes_back_is_served_before_those_that_begin() -> None:
+    order = list[str]()
+
+    async def run() -> None:
+        connections, ends = Connections(2), asyncio.Event()
+
+        async def come_back(name: str, *, has_turn: bool) -> None:
+            async with connections, asyncio.timeout(20) as deadline:
+                async with connections.lent(Clock(deadline), has_turn=has_turn):
+                    await ends.wait()
+                order.append(name)
+
+        back = [asyncio.create_task(come_back(f"turn {has_turn}", has_turn=has_turn)) for has_turn in (False, True)]
+        await asyncio.sleep(0)
+        held = [asyncio.create_task(_hold(connections, asyncio.sleep(0.2))) for _ in range(2)]
+        await asyncio.sleep(0)
+
+        async def begin() -> None:
+            async with connections:
+                order.append("begins")
+
+        begun = [asyncio.create_task(begin()) for _ in range(3)]
+        await asyncio.sleep(0)
+        ends.set()
+        begun[0].cancel()
+        await asyncio.gather(*back, *held, *begun[1:])
+        assert connections._num_free == 2
+
+    asyncio.run(run())
+    assert order == ["turn True", "turn False", "begins", "begins"]
+
+
+def test_a_turn_that_is_kept_delays_the_next_one_and_a_pause_takes_it_back() -> None:
+    async def run() -> None:
+        limits = HostLimits(0, 1000.0)
+        await limits.start("a")
+        first = await limits.reserve("a", 1)
+        second = asyncio.create_task(limits.reserve("a", 1))
+        await asyncio.sleep(0.05)  # of fifty requests
+        assert not second.done()
+        assert await limits.start("a") == NO_LEASE  # nobody overtakes
+        assert await limits.start("a", first) != NO_LEASE
+        reservation = await second
+        await limits.pause("a", 0.1)
+        assert await limits.start("a", reservation) == NO_LEASE
+        assert await limits.start("a", await limits.reserve("a", 1)) != NO_LEASE
+
+    asyncio.run(run())
+
+
+class _NotedLimits(HostLimits):
+    """Notes turns and requests."""
+
+    num_reserved = num_started = 0
+    is_asked = False
+
+    async def start(self, host: str, reservation: int = NO_LEASE) -> int:
+        lease = await super().start(host, reservation)
+        self.num_started += lease != NO_LEASE
+        return lease
+
+    async def reserve(self, host: str, patience_s: float) -> int:
+        self.is_asked = True
+        reservation = await super().reserve(host, patience_s)
+        self.num_reserved += 1
+        return reservation
+
+
+def test_no_request_starts_at_its_hosts_turn_without_a_connection(hostile: HostileServer) -> None:
+    async def run() -> None:
+        limits, connections, ends = _NotedLimits(1), Connections(1), asyncio.Event()
+        async with Fetcher(_CONFIG, _NEAR, limits, connections) as fetcher:
+            lease = await limits.start("127.0.0.1")
+            row = asyncio.create_task(_row(fetcher, connections, f"{hostile.url}/ok"))
+            await _until(lambda: limits.is_asked)
+            other = asyncio.create_task(_hold(connections, ends.wait()))
+            await asyncio.sleep(0)
+            await limits.release("127.0.0.1", lease)
+            await _until(lambda: limits.num_reserved == 1)
+            await asyncio.sleep(0.05)
+            assert limits.num_started == 1
+            ends.set()
+            assert await row == "ok"
+            await other
+            assert (limits.num_started, limits._hosts) == (2, {})
+
+    asyncio.run(run())
+
+
+def test_a_row_that_is_stopped_at_its_turn_gives_the_turn_back(hostile: HostileServer) -> None:
+    async def run() -> None:
+        limits, connections, ends = _NotedLimits(1), Connections(1), asyncio.Event()
+        async with Fetcher(_CONFIG, _NEAR, limits, connections) as fetcher:
+            lease = await limits.start("127.0.0.1")
+            row = asyncio.create_task(_row(fetcher, connections, f"{hostile.url}/ok"))
+            await _until(lambda: limits.is_asked)
+            other = asyncio.create_task(_hold(connections, ends.wait()))
+            await asyncio.sleep(0)
+            await limits.release("127.0.0.1", lease)
+            await _until(lambda: limits.num_reserved == 1)
+            row.cancel()
+            await asyncio.wait([row])
+            assert limits._hosts == {}
+            ends.set()
+            await other
+            assert connections._num_free == 1
+
+    asyncio.run(run())
+
+
+def test_a_wait_for_a_connection_after_the_policy_does_not_count_as_slowness(hostile: HostileServer) -> None:
+    async def run() -> str:
+        connections = Connections(1)
+        async with Fetcher(_WITH_ROBOTS, _NEAR, None, connections) as fetcher:
+            row = _row(fetcher, connections, f"{hostile.url}/ok")
+            result, _ = await asyncio.gather(row, _hold(connections, asyncio.sleep(2 * _WITH_ROBOTS.deadline_s)))
+            return result
+
+    assert asyncio.run(run()) == "ok"
+
+
+def test_a_row_whose_time_is_over_waits_for_no_connection(hostile: HostileServer) -> None:
+    hostile.robots["127.0.0.1"] = "stall"
+
+    async def run() -> str:
+        connections, ends = Connections(1), asyncio.Event()
+        async with Fetcher(_WITH_ROBOTS, _NEAR, None, connections) as fetcher:
+            row = asyncio.create_task(_row(fetcher, connections, f"{hostile.url}/ok"))
+            await asyncio.sleep(0)
+            other = asyncio.create_task(_hold(connections, ends.wait()))
+            result = await asyncio.wait_for(row, 20)
+            ends.set()
+            await other
+            assert connections._num_free == 1
+        return result
+
+    assert asyncio.run(run()) == "deadline"
+
+
+def test_a_crowded_host_keeps_its_limit_and_is_not_left_behind(
+    hostile: HostileServer, names: Names, tmp_path: Path
+) -> None:
+    names |= {f"host-{number}.test": (0, ["127.0.0.1"]) for number in range(81)}
+    urls = [f"http://host-0.test:{hostile.port}/wait?n={number}" for number in range(8)]
+    urls += [f"http://host-{number}.test:{hostile.port}/wait" for number in range(1, 81)]
+    config = replace(_CONFIG, resources=DownloadResources(max_per_host=2, num_connections=4))
+    with Downloader(config, _NEAR, HostLimits(2, lease_s=1)) as downloader:  # the queue is longer than a lease
+        assert downloader.download(_rows_of(urls), "00000", _files(tmp_path))["ok"] == 88
+    assert hostile.most["host-0.test"] == 2
+    others = sorted(hostile.times[f"host-{number}.test"][0] for number in range(1, 81))
+    assert hostile.times["host-0.test"][-1] < others[60]
+
+
+def test_policies_are_asked_for_some_at_a_time(hostile: HostileServer, names: Names, tmp_path: Path) -> None:
+    hosts = [f"host-{number}.test" for number in range(40)]
+    names |= {host: (0, ["127.0.0.1"]) for host in hosts}
+    hostile.robots = dict.fromkeys(hosts, "slow")
+    resources = DownloadResources(max_per_host=1, num_connections=2)
+    config = replace(_CONFIG, robots_txt=True, tdm_reservation=True, deadline_s=3, resources=resources)
+    with Downloader(config, _NEAR) as downloader:
+        urls = [f"http://{host}:{hostile.port}/ok" for host in hosts]
+        assert downloader.download(_rows_of(urls), "00000", _files(tmp_path))["ok"] == 40
+    assert hostile.most_in_all <= 2 + 2 * 2  # pictures, and two files for each of as many hosts
+
+
+def test_an_error_of_a_host_is_remembered_from_its_end_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolver, "_FAILURE_TTL_S", 0.2)
+    asked = list[str]()
+
+    async def ask(key: str) -> FetchError:
+        asked.append(key)
+        await asyncio.sleep(0.3)
+        return FetchError("connect")
+
+    async def run() -> None:
+        cache = HostCache[str](ask, 10)
+        for _ in range(2):
+            with pytest.raises(FetchError):
+                await cache.get("a")
+        assert cache.knows("a")
+
+    asyncio.run(run())
+    assert asked == ["a"]
