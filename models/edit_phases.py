@@ -18,6 +18,7 @@ from models.cascade import CascadeResult, Phase, up_to
 from models.decoder.inpainting import MASK, PICTURE
 from models.decoder.stage import START, STRENGTH, X_T
 from models.editor import ETA, X_0, Editor, Latents, slerp
+from models.pixels import resize_crop, to_pixels
 from models.request import (
     EditError,
     Inpainting,
@@ -29,7 +30,7 @@ from models.request import (
     TextDiff,
     Variation,
 )
-from models.stage import Z_IMAGE, Batch, Stage
+from models.stage import PIXELS, Z_IMAGE, Batch, Stage
 
 
 def edit_phase(editor: Editor, request: SampleRequest) -> Phase:
@@ -46,6 +47,8 @@ def edit_phase(editor: Editor, request: SampleRequest) -> Phase:
     match request.edit:
         case Inpainting(picture, mask):
             phase = _prompted(editor, request, lambda: {PICTURE: _tensor(picture), MASK: _mask(mask)})
+        case StartPicture(picture, 0):
+            phase = _untouched(editor, request, picture)
         case StartPicture(picture, strength):
             phase = _prompted(editor, request, lambda: {START: _tensor(picture), STRENGTH: torch.tensor([strength])})
         case Variation(picture, None):
@@ -81,6 +84,19 @@ def _prompted(editor: Editor, request: SampleRequest, values: Callable[[], Mappi
         return phase.batch().with_values(**_repeat(on_device, request))
 
     return replace(phase, batch=batch)
+
+
+def _untouched(editor: Editor, request: SampleRequest, picture: RawPicture) -> Phase:
+    """A picture as large as the request's would be; no stage is passed."""
+    editor.cascade.check(request)
+    side_px = next(stage.side_px for stage in reversed(editor.cascade.stages_of(request)) if stage.side_px)
+
+    def batch() -> Batch:
+        pixels = resize_crop(to_pixels(_tensor(picture).to(editor.device)), side_px)
+        values = _repeat({PIXELS: pixels}, request)
+        return Batch(editor.no_caption(len(request.seeds)), request.seeds, values, request)
+
+    return Phase(len(request.seeds), (), batch)
 
 
 def _frames(

@@ -57,7 +57,7 @@ class StartPicture:
 
     picture: RawPicture
     strength: float
-    """Share of the decoder's steps that are taken, in (0, 1]; at least one step."""
+    """Share of the decoder's steps that are taken, in [0, 1]; above 0 at least one step. 0 is the picture itself."""
 
 
 @dataclass(frozen=True)

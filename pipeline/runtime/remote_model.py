@@ -298,7 +298,7 @@ class RemoteModel:
             except OtherNetworks as error:
                 await self._look_on(part, search, error)
 
-    def _replicas(self, part: str, search: "_Search") -> DeploymentHandle[Any]:
+    def _replicas(self, part: str, search: _Search) -> DeploymentHandle[Any]:
         """The replicas of a part; once one has refused, first those that have said that they have the networks.
 
         Not before: after a death of Ray Serve's controller the replicas that came since have said it alone, and would
@@ -307,7 +307,7 @@ class RemoteModel:
         handle = self._handles[part]
         return handle.options(multiplexed_model_id=self._served) if search.num_refusals else handle
 
-    async def _look_on(self, part: str, search: "_Search", error: OtherNetworks) -> None:
+    async def _look_on(self, part: str, search: _Search, error: OtherNetworks) -> None:
         """Wait before another replica is asked.
 
         Args:

@@ -24,7 +24,7 @@ class EditRequest(PromptOptions):
     """The body of ``POST /v1/images/edits``: with a mask inpainting, without one SDEdit."""
 
     input_fidelity: Literal["high", "low"] | None = None
-    strength: float | None = Field(default=None, gt=0, le=1)
+    strength: float | None = Field(default=None, ge=0, le=1)
 
 
 class VariationRequest(PictureOptions):
@@ -40,7 +40,7 @@ class ReconstructionRequest(PictureOptions):
 class SdeditRequest(PromptOptions):
     """The body of ``POST /v1/images/sdedits``."""
 
-    strength: float | None = Field(default=None, gt=0, le=1)
+    strength: float | None = Field(default=None, ge=0, le=1)
 
 
 class InterpolationRequest(PictureOptions):
@@ -111,7 +111,8 @@ def _edit(body: EditRequest, form: Form, side_px: int) -> tuple[Edit, list[str]]
     [mask_data] = form.files.get("mask", [None])
     picture, mask = masked_picture(data, mask_data, side_px)
     if mask is None:
-        strength = body.strength or _STRENGTH_OF_FIDELITY[body.input_fidelity or "low"]
+        usual = _STRENGTH_OF_FIDELITY[body.input_fidelity or "low"]
+        strength = usual if body.strength is None else body.strength
         return StartPicture(picture, strength), [f"no mask: the whole picture is edited, with strength {strength:g}"]
     unused = [name for name in ("strength", "input_fidelity") if getattr(body, name) is not None]
     reason = "has no effect with a mask: what is not masked stays as it is"
@@ -127,7 +128,8 @@ def _reconstruction(_: ReconstructionRequest, form: Form, __: int) -> tuple[Edit
 
 
 def _sdedit(body: SdeditRequest, form: Form, side_px: int) -> tuple[Edit, list[str]]:
-    return StartPicture(raw_picture(form.files["image"][0], "image", side_px), body.strength or _STRENGTH), []
+    strength = _STRENGTH if body.strength is None else body.strength
+    return StartPicture(raw_picture(form.files["image"][0], "image", side_px), strength), []
 
 
 def _interpolation(body: InterpolationRequest, form: Form, _: int) -> tuple[Edit, list[str]]:

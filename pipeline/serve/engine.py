@@ -73,6 +73,7 @@ class Engine(EngineLoop):
         )
         self._embedder = Embedder(cast("FrozenClip", cascade.clip), self._computing)
         self._max_waiting = max_waiting
+        self.start()
 
     def submit(
         self,

@@ -7,7 +7,7 @@ cost.py), and chooses the stage that takes a step next (schedule.py).
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -116,6 +116,9 @@ class EngineLoop:
         self._closed = False
         self._metrics.begin(self)
         self._thread = threading.Thread(target=self._run, name="unclip-engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread; call it once, when all that it may use is there."""
         self._thread.start()
 
     @property
@@ -205,11 +208,16 @@ class EngineLoop:
             pending.spans.admit()
             with self._metrics.admission.time():
                 pending.batch = pending.phase.batch()
-        if not pending.phase.stages:  # another engine has them; the pictures are there as soon as they are encoded
+        if not pending.phase.stages:  # another engine has them, or there are none: what is there is passed on at once
+            is_whole = pending.is_last and not pending.rest
             with self._changed:
                 self._waiting.remove(pending)
                 self._note_gone(pending.phase.num_items)
-            self._hand_on(pending, pending.batch)
+                self._note_sampled(pending.phase.num_items if is_whole else 0)
+            if is_whole:
+                self._answer(pending, [pending.batch.values])
+            else:
+                self._hand_on(pending, pending.batch)
             return
         first = len(pending.pictures)
         pictures = [Picture(pending, pending.batch[row : row + 1]) for row in range(first, first + count)]
@@ -273,8 +281,7 @@ class EngineLoop:
         with self._changed:
             self._stats.steps += 1
             self._stats.rows += len(pictures)
-            self._stats.pictures += num_sampled
-            self._metrics.pictures.inc(num_sampled)
+            self._note_sampled(num_sampled)
             self._active = [picture for picture in self._active if picture not in complete]
             self._note_gone(len(complete))
         for pending in {picture.pending for picture in complete}:
@@ -291,10 +298,10 @@ class EngineLoop:
 
     def _end_phase(self, pending: Pending) -> None:
         """Answer a request, hand it on, or let its next phase wait."""
-        if pending.is_last and not pending.rest:
-            self._answer(pending)
-            return
         values = [picture.batch.values for picture in pending.pictures]
+        if pending.is_last and not pending.rest:
+            self._answer(pending, values)
+            return
         joined = {name: torch.cat([value[name] for value in values]) for name in values[0]}
         if pending.rest or pending.phase.then is None:
             assert pending.batch is not None
@@ -315,8 +322,7 @@ class EngineLoop:
         else:
             self._count_dropped({pending})
 
-    def _answer(self, pending: Pending) -> None:
-        values = [picture.batch.values for picture in pending.pictures]
+    def _answer(self, pending: Pending, values: Sequence[Mapping[str, torch.Tensor]]) -> None:
         images = to_uint8(torch.cat([value[PIXELS] for value in values])).cpu().numpy()
         z_image = (
             torch.cat([value[Z_IMAGE] for value in values]).float().cpu().numpy() if Z_IMAGE in values[0] else None
@@ -328,6 +334,10 @@ class EngineLoop:
         else:  # its client left after the last step
             self._count_dropped({pending})
         pending.pictures = []  # they refer to it: an edit's pictures would stay until the next search for such circles
+
+    def _note_sampled(self, count: int) -> None:
+        self._stats.pictures += count
+        self._metrics.pictures.inc(count)
 
     def _note_gone(self, count: int) -> None:
         """Update the mean time between two pictures that make room for others: answered, or in another engine now."""

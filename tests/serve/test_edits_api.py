@@ -178,6 +178,19 @@ def test_png_says_which_file_was_edited_and_how(server: Any) -> None:
         assert "Steps: 3, Sampler: ddim, CFG scale: 1.0" in picture.text["parameters"]
 
 
+@pytest.mark.parametrize("route", ["edits", "sdedits"])
+def test_no_strength_returns_the_picture_itself_as_the_command_does(server: Any, editor: Editor, route: str) -> None:
+    picture = noisy_picture(1)
+    answer = post(server, route, picture, prompt=PROMPT, strength="0", n="2")
+    expected = editor.sdedit(tensor(picture), PROMPT, [5, 6], strength=0.0)
+    assert all(np.array_equal(one, same) for one, same in zip(images(answer), expected.images, strict=True))
+    assert answer.json()["usage"]["steps"] == 0
+    side = server.cascade.sides_px["decoder"]
+    [small] = images(post(server, route, picture, prompt=PROMPT, strength="0", size=f"{side}x{side}"))
+    assert small.shape == (side, side, 3)
+    assert server.engine.counts()["active"] == server.engine.counts()["waiting"] == 0
+
+
 @pytest.mark.parametrize(
     ("route", "fields", "files", "param", "words"),
     [
@@ -201,7 +214,7 @@ def test_png_says_which_file_was_edited_and_how(server: Any) -> None:
         ("variations", {}, {"image": "1", "mask": "1"}, "mask", "unknown parameter"),
         ("interpolations", {}, {"image": "1"}, "image", "2 pictures are needed, and 1 came"),
         ("text-diffs", {"source": "a", "target": "a"}, {"image": "1"}, None, "the same"),
-        ("sdedits", {"prompt": PROMPT, "strength": "0"}, {"image": "1"}, "strength", "strength"),
+        ("sdedits", {"prompt": PROMPT, "strength": "-0.1"}, {"image": "1"}, "strength", "strength"),
         ("sdedits", {"prompt": PROMPT, "num_inference_steps": "1001"}, {"image": "1"}, "num_inference_steps", "1000"),
     ],
 )  # fmt: skip

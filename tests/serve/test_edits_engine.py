@@ -34,7 +34,7 @@ from models.request import (
 from pipeline.serve import served_stages
 from pipeline.serve.engine import Engine
 from tests.tiny.command import ROOT
-from tests.tiny.pictures import almost_equal, noisy_picture, raw
+from tests.tiny.pictures import almost_equal, noisy_picture, raw, tensor
 
 PROMPT = "a large red circle on a white background"
 
@@ -171,6 +171,24 @@ def test_several_edits_of_a_picture_invert_it_once(cascade: Cascade) -> None:
     walk = answers[0].num_steps - 4
     assert [answer.num_steps for answer in answers] == [walk + 4, walk + 4, walk, walk + 4]
     assert almost_equal(answers[2].images, answers[0].images)
+
+
+@pytest.mark.parametrize("steps", [None, {"clip", "prior"}], ids=["whole", "first of a chain"])
+def test_a_picture_without_strength_is_answered_as_it_is(cascade: Cascade, steps: set[str] | None) -> None:
+    edit = StartPicture(raw(noisy_picture(1)), 0.0)
+    expected = Editor(cascade).sdedit(tensor(noisy_picture(1)), PROMPT, range(5), strength=0.0).images
+    engine = Engine(cascade, max_batch_size=2, steps=steps)
+    try:
+        other = engine.submit(SampleRequest(PROMPT, (1, 2, 3)))
+        answer = engine.submit(SampleRequest(PROMPT, tuple(range(5)), edit=edit)).result(60)
+        other.result(60)
+        counts = engine.counts()
+    finally:
+        engine.close()
+    np.testing.assert_array_equal(answer.images, expected)
+    assert (answer.z_image, answer.num_steps) == (None, 0)
+    assert counts["pictures"] == (8 if steps is None else 5)
+    assert counts["active"] == counts["waiting"] == 0
 
 
 def test_only_the_pictures_inverted_last_are_remembered() -> None:
