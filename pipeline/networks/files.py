@@ -17,6 +17,7 @@ from pipeline.allocator import is_out_of_memory
 from pipeline.errors import DataError
 from pipeline.networks.table import kind_named, kind_of
 from pipeline.networks.tensor_file import read_tensors, save_tensors
+from pipeline.recipe.lineage import exported_weights
 from pipeline.recipe.recipe import SAMPLING, to_dict
 from pipeline.workspace.store import Artifact, UserArtifact
 
@@ -45,7 +46,7 @@ def save_network(
 
 
 def verified_files(artifact: Artifact) -> list[str]:
-    """Names of the files that hold a network, after their checksums were compared.
+    """Names of the files that hold a network, after their checksums were compared with its manifest or its export.
 
     Raises:
         DataError: If one is damaged.
@@ -54,6 +55,10 @@ def verified_files(artifact: Artifact) -> list[str]:
     names = [name for name in names if "/" not in name and name != "manifest.json"]
     for name in names:
         artifact.verify(name)
+    weights = [name for name in names if name.endswith(".safetensors")]
+    if len(weights) == 1 and artifact.manifest() is None and (exported := exported_weights(artifact)):
+        path = artifact.path(weights[0])
+        artifact.verify(weights[0], {"bytes": path.stat().st_size, "sha256": exported})
     return names
 
 

@@ -76,10 +76,23 @@ class Lineage:
 
 
 def write_origin(folder: Path, recipe: Recipe, artifacts: Mapping[str, Artifact]) -> None:
-    """Say in an exported folder which artifacts its networks are."""
+    """Say in an exported folder which artifacts its networks are, and what SHA-256 their files of weights have."""
     networks = {name: artifact.key for name, artifact in artifacts.items()}
-    origin = {"recipe": recipe.name, "workspace": Workspace(recipe.workspace).root, "networks": networks}
+    manifests = {name: manifest for name, artifact in artifacts.items() if (manifest := artifact.manifest())}
+    origin = {
+        "recipe": recipe.name,
+        "workspace": Workspace(recipe.workspace).root,
+        "networks": networks,
+        "weights": {name: weights_of(manifest) for name, manifest in manifests.items()},
+    }
     Artifact(str(folder.resolve())).write_json(ORIGIN, origin)
+
+
+def exported_weights(network: Artifact) -> str:
+    """SHA-256 of the file of weights of a network in an exported folder, as it was exported; empty for another one."""
+    folder, _, name = network.uri.rpartition("/")
+    origin = Artifact(folder).find_json(ORIGIN) if folder else None
+    return "" if origin is None else origin.get("weights", {}).get(name, "")
 
 
 def trace(what: str, workspace: str = "") -> Lineage:

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 from models.request import WALK_STEPS, Edit, RawMask, RawPicture, SampleRequest, is_walk
-from pipeline.recipe.lineage import weights_of
+from pipeline.recipe.lineage import exported_weights, weights_of
 from pipeline.recipe.plan import recipe_key
 from pipeline.recipe.provenance import C2PA, Signer
 from pipeline.recipe.recipe import Recipe
@@ -29,7 +29,7 @@ class ModelCard:
     networks: Mapping[str, str] = field(default_factory=dict[str, str])
     """Key of each network's artifact, by step."""
     weights: Mapping[str, str] = field(default_factory=dict[str, str])
-    """SHA-256 of each network's file of weights, by step, of those that have a manifest."""
+    """SHA-256 of each network's file of weights, by step, of those whose manifest or exported folder says it."""
     recipe_key: str = ""
     """See ``recipe.plan.recipe_key``."""
     mlflow_runs: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -68,12 +68,16 @@ def model_card(recipe: Recipe, artifacts: dict[str, Artifact]) -> ModelCard:
     cascade = {name: artifact for name, artifact in artifacts.items() if name in CASCADE_STEPS}
     networks = {name: artifact.key for name, artifact in cascade.items()}
     manifests = {name: manifest for name, artifact in cascade.items() if (manifest := artifact.manifest()) is not None}
+    weights = {
+        name: weights_of(manifests[name]) if name in manifests else exported_weights(artifact)
+        for name, artifact in cascade.items()
+    }
     stages = {name: getattr(recipe, name).model for name in networks if name != "clip"}
     return ModelCard(
         recipe.name,
         [recipe.decoder.model, *recipe.upsamplers().values()][-1].image_px,
         networks=networks,
-        weights={name: weights for name, manifest in manifests.items() if (weights := weights_of(manifest))},
+        weights={name: digest for name, digest in weights.items() if digest},
         recipe_key=recipe_key(recipe),
         mlflow_runs={
             name: manifest.tracking_run_id for name, manifest in manifests.items() if manifest.tracking_run_id

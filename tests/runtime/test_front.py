@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from models.request import RawPicture, SampleRequest, TextDiff, Variation
+from pipeline.errors import DataError
 from pipeline.networks.diffusers import export_native
+from pipeline.networks.files import verified_files
+from pipeline.recipe.lineage import weights_of, write_origin
 from pipeline.recipe.picture_card import ModelCard, made_with, model_card
 from pipeline.recipe.plan import recipe_key
 from pipeline.recipe.recipe import load_recipe
@@ -40,11 +43,32 @@ def test_a_picture_names_its_recipe_its_networks_and_the_runs_that_trained_them(
     assert card.num_timesteps == 300
 
 
-def test_networks_of_a_folder_have_no_digests(tmp_path: Path) -> None:
+def test_networks_of_an_exported_folder_have_the_digests_with_which_they_are_compared(tmp_path: Path) -> None:
+    recipe = served_workspace(tmp_path)
+    artifacts, _ = served_artifacts(recipe)
+    networks = {name: artifacts[name] for name in CASCADE_STEPS if name in artifacts}
+    export_native(networks, tmp_path / "folder")
+    write_origin(tmp_path / "folder", recipe, networks)
+    folder = load_recipe(tmp_path / "folder")
+    exported, _ = served_artifacts(folder)
+    digests = {name: weights_of(manifest) for name, one in networks.items() if (manifest := one.manifest())}
+    card = model_card(folder, exported)
+    assert dict(card.weights) == digests
+    assert f"Model hash: {digests['decoder'][:10]}, " in made_with(card, REQUEST, 1, 32)["parameters"]
+    for name in networks:
+        verified_files(exported[name])
+    exported["prior"].path("model.safetensors").write_bytes(b"other weights")
+    with pytest.raises(DataError, match=r"prior/model\.safetensors: does not match its checksum"):
+        verified_files(exported["prior"])
+
+
+def test_networks_of_a_folder_from_elsewhere_have_no_digests(tmp_path: Path) -> None:
     recipe = served_workspace(tmp_path)
     artifacts, _ = served_artifacts(recipe)
     export_native({name: artifacts[name] for name in CASCADE_STEPS if name in artifacts}, tmp_path / "folder")
     folder = load_recipe(tmp_path / "folder")
+    for artifact in served_artifacts(folder)[0].values():
+        verified_files(artifact)
     card = model_card(folder, served_artifacts(folder)[0])
     texts = made_with(card, REQUEST, 1, 32)
     assert json.loads(texts["unclip"])["weights"] == {}
