@@ -97,6 +97,7 @@ _BOUNDS = (
     _Bound(("share", "more_than_ray_s", "gb_for_100M_x_768", "ours"), "below", operator.lt),
     _Bound(("median_s",), "floor_s", operator.lt, ("most_s",)),
     _Bound(("hop_ms",), "floor_ms", operator.lt, ("low_ms", "high_ms")),
+    _Bound(("above_bare_ms",), "above_bare_floor_ms", operator.lt),
     _Bound(("wall_ms",), "floor_ms", operator.lt, ("wall_ms_90",)),
     _Bound(("memory_mb",), "floor_mb", operator.lt),
 )

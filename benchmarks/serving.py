@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import torch
 
@@ -176,6 +177,28 @@ def latency(cascade: Cascade, prompt: str, rounds: int, clock: Clock) -> dict[st
     return _row("one request above the bare sampler, ms", above, -50, f"bare: {1000 * pairs[0][1]:.0f} ms")
 
 
+def latency_over_http(cascade: Cascade, prompt: str, rounds: int, clock: Clock) -> dict[str, Any]:
+    """Milliseconds that one request over HTTP takes longer than the bare sampler: with its checks, and its PNG."""
+    request, body = SampleRequest(prompt, (1,)), {"prompt": prompt, "seed": 1}
+    with closing(Engine(cascade)) as engine:
+        app, listener = create_app(engine, None, ApiSettings(ModelCard("benchmark", 0))), listen("127.0.0.1", 0)
+        with (
+            HttpServer(Guards(app), listener),
+            httpx.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=600) as client,
+        ):
+            client.post("/v1/images/generations", json=body).raise_for_status()
+            pairs = [
+                (
+                    _seconds(lambda: client.post("/v1/images/generations", json=body).raise_for_status(), clock),
+                    _seconds(lambda: cascade.sample_request(request), clock),
+                )
+                for _ in range(3 * rounds)
+            ]
+    above = 1000 * statistics.median(served - bare for served, bare in pairs)
+    note = f"bare: {1000 * pairs[0][1]:.0f} ms; its client is in the same process"
+    return _row("one request over HTTP above the bare sampler, ms", above, -50, note)
+
+
 def first_preview(cascade: Cascade, prompt: str, rounds: int, clock: Clock) -> dict[str, Any]:
     """Share of a picture's time after which its first preview is there, with 50 steps in the decoder."""
     shares: list[float] = []
@@ -288,7 +311,9 @@ def main() -> None:
     prompts = [canonical_caption(scene.scene) for scene in evaluation_scenes(arguments.clients, 0)]
     cascade.sample(prompts[:1], [0])  # warm
     rows = rates(cascade, prompts, arguments.gap_s, arguments.rounds, clock=clock)
-    rows += [measure(cascade, prompts[0], arguments.rounds, clock) for measure in (latency, first_preview)]
+    rows += [
+        measure(cascade, prompts[0], arguments.rounds, clock) for measure in (latency, latency_over_http, first_preview)
+    ]
     rows.append(steps_after_leaving(cascade, prompts[0], _LEAVERS, latest=40))
     if finished_networks(recipe) and recipe.serve.precision != "float32":
         rows.append(faster(recipe, cascade, prompts, clock))
