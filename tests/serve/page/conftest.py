@@ -1,12 +1,17 @@
 """A browser, and a visit of the page by a new visitor."""
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
 from tests.serve.page.visit import CHROMIUM, DESKTOP, FLAGS, PATIENCE_MS
+
+SCREENSHOTS = os.environ.get("UNCLIP_SCREENSHOTS", "")
+"""Folder that keeps how the page looks at the end of each test, at its width; empty: none is kept."""
 
 
 @pytest.fixture(scope="module")
@@ -34,4 +39,7 @@ def page(browser: Browser, server: Any, request: Any) -> Iterator[Page]:
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(server.url)
         yield page
+        if SCREENSHOTS:
+            name = f"{request.node.originalname}-{width}.png"
+            page.screenshot(path=Path(SCREENSHOTS) / name, full_page=True)
         assert not errors

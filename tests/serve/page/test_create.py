@@ -37,6 +37,7 @@ def test_a_request_is_previewed_finished_and_kept_in_the_history(page: Page) -> 
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page is wider than the window"
 
 
+@both_widths
 def test_previews_change_before_the_result_is_there(page: Page) -> None:
     page.evaluate(
         """() => {
@@ -52,6 +53,7 @@ def test_previews_change_before_the_result_is_there(page: Page) -> None:
     assert len(page.evaluate("window.previews")) >= 2
 
 
+@both_widths
 def test_a_cancelled_request_leaves_the_engine(page: Page, server: Any) -> None:
     before = server.engine.counts()["dropped"]
     generate(page, count=10, steps=1000)

@@ -13,6 +13,7 @@ from tests.tiny.shards import plain_picture
 pytestmark = needs_browser
 
 
+@both_widths
 def test_a_dropped_png_of_the_server_brings_its_settings_back(page: Page, server: Any) -> None:
     page.get_by_label("Negative prompt").fill("a blue star")
     page.get_by_label("Guidance", exact=True).fill("4")
