@@ -180,8 +180,9 @@ def latency(cascade: Cascade, prompt: str, rounds: int, clock: Clock) -> dict[st
 def latency_over_http(cascade: Cascade, prompt: str, rounds: int, clock: Clock) -> dict[str, Any]:
     """Milliseconds that one request over HTTP takes longer than the bare sampler: with its checks, and its PNG."""
     request, body = SampleRequest(prompt, (1,)), {"prompt": prompt, "seed": 1}
+    card = ModelCard("benchmark", max(cascade.sides_px.values()))
     with closing(Engine(cascade)) as engine:
-        app, listener = create_app(engine, None, ApiSettings(ModelCard("benchmark", 0))), listen("127.0.0.1", 0)
+        app, listener = create_app(engine, None, ApiSettings(card)), listen("127.0.0.1", 0)
         with (
             HttpServer(Guards(app), listener),
             httpx.Client(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}", timeout=600) as client,
