@@ -7,7 +7,17 @@ from unittest.mock import AsyncMock
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.serve.page.visit import PROMPT, both_widths, button, drop, finished, generate, needs_browser, png
+from tests.serve.page.visit import (
+    PROMPT,
+    both_widths,
+    button,
+    drop,
+    finished,
+    generate,
+    needs_browser,
+    png,
+    show_settings,
+)
 from tests.tiny.shards import plain_picture
 
 pytestmark = needs_browser
@@ -15,6 +25,7 @@ pytestmark = needs_browser
 
 @both_widths
 def test_a_dropped_png_of_the_server_brings_its_settings_back(page: Page, server: Any) -> None:
+    show_settings(page)
     page.get_by_label("Negative prompt").fill("a blue star")
     page.get_by_label("Guidance", exact=True).fill("4")
     seed = page.get_by_label("Seed", exact=True)

@@ -27,12 +27,17 @@ def button(page: Page, name: str) -> Locator:
     return page.get_by_role("button", name=name, exact=True)
 
 
+def show_settings(page: Page) -> None:
+    """Open them where they are closed, as they are on a phone."""
+    if not page.get_by_label("Steps", exact=True).is_visible():
+        page.get_by_text("More settings").click()
+
+
 def generate(page: Page, *, count: int = 1, steps: int | None = None) -> None:
     page.get_by_label("Prompt", exact=True).fill(PROMPT)
     page.get_by_label("Pictures", exact=True).fill(str(count))
     if steps is not None:
-        if not page.get_by_label("Steps", exact=True).is_visible():
-            page.get_by_text("More settings").click()
+        show_settings(page)
         page.get_by_label("Steps", exact=True).fill(str(steps))
     button(page, "Generate").click()
 
