@@ -25,7 +25,7 @@ def load_engine(tables: Tables, metrics: "EngineMetrics | None" = None) -> "Engi
     from pipeline.networks.cores import use_cores
     from pipeline.networks.files import verified_files
     from pipeline.serve.engine import Engine
-    from pipeline.serve.memory import GpuMemory
+    from pipeline.serve.memory import GpuMemory, HostMemory
     from pipeline.serve.metrics import EngineMetrics
     from pipeline.serve.traces import open_traces
 
@@ -49,6 +49,6 @@ def load_engine(tables: Tables, metrics: "EngineMetrics | None" = None) -> "Engi
         steps=steps,
         device=config.accelerator,
         traces=open_traces(config.traces, config.name or recipe.name, spans),
-        memory=GpuMemory(place.gpus_per_replica) if config.accelerator == "cuda" else None,
+        memory=GpuMemory(place.gpus_per_replica) if config.accelerator == "cuda" else HostMemory(),
         metrics=metrics,
     )

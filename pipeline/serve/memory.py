@@ -5,9 +5,12 @@ How much is free changes while a server runs (pictures in progress, another engi
 time.
 """
 
+import itertools
+import os
 import threading
+import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -20,6 +23,7 @@ from models.stage import PIXELS, Z_IMAGE, Batch, Stage
 from models.text import TextEncoding
 from pipeline.clip.frozen import FrozenClip
 from pipeline.errors import StepError
+from pipeline.machine import free_memory_bytes
 from pipeline.serve.cost import candidates
 from pipeline.serve.embedder import TEXTS_AT_ONCE
 from pipeline.serve.in_progress import Picture
@@ -32,11 +36,19 @@ _STEPS = 2
 _GUIDED = 2.0
 _USABLE = 0.9
 """Share of the free memory that is used: the allocator cannot fill every gap."""
+_READ_EVERY_S = 0.1
+_KERNELS = 1.25
+"""What a process takes of a CPU's memory, in what torch allocates: kernels allocate something by themselves, at the
+demo's sizes up to a fifth more."""
+_SILENT = "6"  # else each start of the profiler is a line on stderr
 _BYTES_PER_GB = 1e9
 
 
 class DeviceMemory(Protocol):
     """The memory of a device."""
+
+    can_refuse: bool
+    """Whether to ask for too much is an error, and not the end of the process."""
 
     def computing(self) -> AbstractContextManager[None]:
         """Held by whoever computes, so that a measurement sees its own memory alone."""
@@ -95,6 +107,7 @@ class GpuMemory:
         share: Of the GPU, if other processes have the rest: its allocator takes no more.
     """
 
+    can_refuse = True
     _quiet = Quiet()
     """Of all engines of this process: networks that a swap loads are measured beside those that work."""
 
@@ -126,6 +139,44 @@ class GpuMemory:
                 raise MemoryError(str(error)) from None
             del result
         return peak - before, max(0, kept - before)
+
+
+class HostMemory:
+    """The memory of this machine, within the limits of its container.
+
+    What a step takes is counted as torch allocates it, because a process that takes too much is killed and not refused.
+    """
+
+    can_refuse = False
+    _profiles = threading.Lock()
+    """torch has one profiler; it records the allocations of its own thread alone."""
+
+    def __init__(self) -> None:
+        os.environ.setdefault("KINETO_LOG_LEVEL", _SILENT)
+        self._free_bytes = 0
+        self._read_at = float("-inf")
+
+    def computing(self) -> AbstractContextManager[None]:
+        """See ``DeviceMemory``; others may compute while one measures."""
+        return nullcontext()
+
+    def free_bytes(self) -> int:
+        """See ``DeviceMemory``; read a few times a second, since steps of small networks take no longer than that."""
+        now = time.monotonic()
+        if now - self._read_at > _READ_EVERY_S:
+            self._free_bytes, self._read_at = free_memory_bytes(), now
+        return self._free_bytes
+
+    def measure(self, act: Callable[[], object]) -> tuple[int, int]:
+        """See ``DeviceMemory``."""
+        profile: Any = torch.autograd.profiler.profile(profile_memory=True)
+        with self._profiles, profile:
+            result = act()
+        del result
+        events = profile.kineto_results.events()
+        sizes = (event.nbytes() for event in events if event.name() == "[memory]")  # negative of what is freed
+        taken = list(itertools.accumulate(sizes, initial=0))
+        return int(_KERNELS * max(taken)), taken[-1]
 
 
 @dataclass(frozen=True)
@@ -227,6 +278,8 @@ class MemoryLimits:
         sizes = {1 / usual: (1, 1)} | {float(count): (count, usual) for count in _COUNTS}
         for size, (count, num_candidates) in sizes.items():
             request = SampleRequest("", tuple(range(count)), num_candidates=num_candidates)
+            if count > 1 and not self._memory.can_refuse and count * peaks[1.0] > _USABLE * self._memory.free_bytes():
+                break
             try:
                 peaks[size], kept = self._memory.measure(lambda: _try(stage, cascade, request, device))  # noqa: B023
             except MemoryError:
@@ -240,7 +293,7 @@ class MemoryLimits:
                 break
             self._kept = max(self._kept, kept / count)
         (first, peak), (last, highest) = min(peaks.items()), max(peaks.items())
-        each = (highest - peak) / (last - first) if last > first else peak
+        each = max(0.0, (highest - peak) / (last - first)) if last > first else peak
         line = self._lines[self._stages.step_of(self._stages.number(stage))] = _Line(peak - each * first, each)
         self._measured.append((stage, line))
 

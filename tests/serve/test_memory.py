@@ -18,8 +18,9 @@ from models.cascade import Cascade
 from models.request import SampleRequest
 from pipeline.errors import StepError
 from pipeline.recipe.recipe import parse_recipe
+from pipeline.serve import memory as memory_module
 from pipeline.serve.engine import Engine
-from pipeline.serve.memory import GpuMemory, MemoryLimits, Quiet
+from pipeline.serve.memory import GpuMemory, HostMemory, MemoryLimits, Quiet
 from pipeline.serve.served_stages import ServedStages
 from tests.serve.test_engine import wait_until
 
@@ -28,6 +29,8 @@ _FIXED, _EACH = 1000, 100
 
 class Device:
     """Has room for calls of so many rows, in bytes; a call of a network takes ``_FIXED`` and ``_EACH`` a row."""
+
+    can_refuse = True
 
     def __init__(self, room: int, kept: int = 0) -> None:
         self.room = room
@@ -239,3 +242,51 @@ def test_a_share_of_a_gpu_is_all_that_is_free_and_a_full_one_is_a_memory_error(m
         half.measure(fail)
     with half.computing():  # a measurement that failed keeps nobody from it
         pass
+
+
+def test_memory_of_a_machine_is_counted_by_tensors_without_the_weights() -> None:
+    network = nn.Linear(1000, 1000)
+    inputs = torch.ones(10, 1000)
+
+    def act() -> Tensor:
+        with torch.inference_mode():
+            return network(inputs).relu()[:1]  # a view: what it is part of stays
+
+    assert HostMemory().measure(act) == (1.25 * 2 * inputs.nbytes, inputs.nbytes)
+
+
+def test_a_server_on_cpus_takes_what_fits_into_the_machine(
+    cascade: Cascade, make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = 1 << 40
+    monkeypatch.setattr(memory_module, "free_memory_bytes", lambda: free)
+    MemoryLimits(cascade, ServedStages(cascade, None, "cpu"), HostMemory(), "cpu")  # the first makes some tables
+    limits = MemoryLimits(cascade, ServedStages(cascade, None, "cpu"), HostMemory(), "cpu")
+    assert all(line.each > 0 for line in limits._lines.values())
+    line = limits._lines["upsampler_1"]
+    free = int((12 * line.each + line.fixed + limits._reserved) / 0.9)
+
+    counts, rows = list[int](), list[int]()
+    upsampler: Any = cascade.stages[2]
+    hook = upsampler.network.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    for memory in (None, HostMemory()):
+        engine = make_engine(max_batch_size=32, memory=memory)
+        rows.clear()
+        for future in [engine.submit(SampleRequest("a", (seed,))) for seed in range(32)]:
+            future.result(60)
+        counts.append(max(rows))
+        assert engine.counts()["failed"] == 0
+    hook.remove()
+    assert (counts[0], 1 < counts[1] <= 12) == (32, True)
+
+
+def test_more_pictures_are_not_measured_where_they_would_end_the_process(
+    cascade: Cascade, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = list[int]()
+    upsampler: Any = cascade.stages[2]
+    hook = upsampler.network.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    monkeypatch.setattr(memory_module, "free_memory_bytes", lambda: 1000)
+    MemoryLimits(cascade, ServedStages(cascade, ["upsampler_1"], "cpu"), HostMemory(), "cpu")
+    hook.remove()
+    assert {*rows} == {1}
