@@ -23,6 +23,7 @@ from models.request import (
     EditError,
     Inpainting,
     Interpolation,
+    PcaReconstruction,
     RawMask,
     RawPicture,
     SampleRequest,
@@ -58,6 +59,8 @@ def edit_phase(editor: Editor, request: SampleRequest) -> Phase:
             phase = _walked(editor, request, lambda: torch.cat([_embed(editor, one) for one in pictures]), None)
         case Interpolation(pictures):
             phase = _inverted(editor, request, pictures)
+        case PcaReconstruction(_, _, z_image):
+            phase = _walked(editor, request, lambda: _rows(z_image, len(request.seeds)).to(editor.device), None)
         case Variation(picture) | TextDiff(picture):
             phase = _inverted(editor, request, [picture])
         case None:
@@ -159,6 +162,8 @@ def _walk_values(editor: Editor, request: SampleRequest, latents: Latents) -> Ma
             return {Z_IMAGE: slerp(z_image[:1], z_image[1:], shares), X_T: x_T}
         case TextDiff(_, source, target, thetas):
             return {Z_IMAGE: editor.turned(z_image, source, target, thetas), X_T: x_T}
+        case PcaReconstruction():
+            return {Z_IMAGE: z_image, X_T: x_T}
         case Variation(_, eta):
             return {Z_IMAGE: z_image, X_T: x_T, ETA: torch.tensor([eta or 0.0], device=x_T.device)}
         case _:
@@ -184,6 +189,10 @@ def _key(picture: RawPicture, guidance_scale: float | None, num_steps: int | Non
 
 def _embed(editor: Editor, picture: RawPicture) -> Tensor:
     return editor.embed(_tensor(picture))
+
+
+def _rows(z_image: bytes, count: int) -> Tensor:
+    return torch.frombuffer(bytearray(z_image), dtype=torch.float32).view(count, -1)
 
 
 def _tensor(picture: RawPicture) -> Tensor:

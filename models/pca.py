@@ -1,14 +1,16 @@
 """Principal components of embeddings, kept by energy: arXiv:2204.06125, section 2.2.
 
-Legend: B batch, D features, K components. All of it is float64 on the CPU: the covariance of embeddings of length one
-is a small difference of sums over millions of rows.
+Legend: B batch, D features, K components, R reductions of an embedding. All of it is float64 on the CPU: the covariance
+of embeddings of length one is a small difference of sums over millions of rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -56,6 +58,15 @@ class Pca:
     def reconstruct(self, coordinates: Float[Tensor, "B K"]) -> Float[Tensor, "B D"]:
         """The embeddings with these coordinates; they are not normalised to length one."""
         return coordinates @ self.components.to(coordinates) + self.mean.to(coordinates)
+
+    def reduce(self, x: Float[Tensor, "1 D"], counts: Sequence[int]) -> Float[Tensor, "R D"]:
+        """One embedding with so many components alone, for each of ``counts``, of length one; last as it is: section 4.
+
+        Raises:
+            ValueError: As ``keep``.
+        """
+        bases = [self.keep(count) for count in counts]
+        return torch.cat([*(F.normalize(basis.reconstruct(basis.project(x)), dim=1) for basis in bases), x])
 
 
 class PcaSums:

@@ -94,12 +94,25 @@ class TextDiff:
     """Share of the rotation of each frame, from 0 to 1; 0 is the reconstruction."""
 
 
-Edit = Inpainting | StartPicture | Variation | Interpolation | TextDiff
+@dataclass(frozen=True)
+class PcaReconstruction:
+    """Frames of more and more principal components of a picture's z_image: section 4."""
+
+    picture: RawPicture
+    components: tuple[int, ...]
+    """How many of them each frame has."""
+    z_image: bytes = field(default=b"", repr=False)
+    """The embedding of each frame, len(components) * D numbers of float32; empty until it is known."""
+
+
+Edit = Inpainting | StartPicture | Variation | Interpolation | TextDiff | PcaReconstruction
+Way = Interpolation | TextDiff | PcaReconstruction
+"""Edits whose frames have one seed: only the embedding moves."""
 
 
 def is_walk(edit: Edit | None) -> bool:
-    """Whether the decoder is sampled by DDIM: the edit starts from the noise that makes its picture."""
-    return isinstance(edit, Interpolation | TextDiff) or (isinstance(edit, Variation) and edit.eta is not None)
+    """Whether the decoder is sampled by DDIM: from the noise that makes the picture, or from one noise for all."""
+    return isinstance(edit, Way) or (isinstance(edit, Variation) and edit.eta is not None)
 
 
 @dataclass(frozen=True)

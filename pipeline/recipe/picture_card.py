@@ -164,7 +164,7 @@ def _edit_facts(edit: Edit) -> dict[str, Any]:
                 facts["sources"] = [value.sha256]
             case (RawPicture(), *_):
                 facts["sources"] = [picture.sha256 for picture in value]
-            case RawMask():
+            case RawMask() | bytes():
                 pass
             case _:
                 facts[field_.name] = value

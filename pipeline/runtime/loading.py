@@ -1,5 +1,6 @@
 """Loads the networks of a recipe, or of a part of it, into an engine of this process."""
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pipeline.recipe.steps import CASCADE_STEPS
@@ -24,6 +25,7 @@ def load_engine(tables: Tables, metrics: "EngineMetrics | None" = None) -> "Engi
     from pipeline.networks.cascade import load_cascade, network_configs
     from pipeline.networks.cores import use_cores
     from pipeline.networks.files import verified_files
+    from pipeline.sampling.edit_pictures import training_pca
     from pipeline.serve.engine import Engine
     from pipeline.serve.memory import GpuMemory, HostMemory
     from pipeline.serve.metrics import EngineMetrics
@@ -42,7 +44,7 @@ def load_engine(tables: Tables, metrics: "EngineMetrics | None" = None) -> "Engi
     cascade = load_cascade(networks, config.accelerator, configs, steps=steps, arithmetic=arithmetic)
     metrics = metrics or EngineMetrics()
     spans = metrics.spans if config.traces else None
-    return Engine(
+    engine = Engine(
         cascade,
         max_batch_size=place.max_batch_size,
         max_waiting=config.max_queued_requests,
@@ -52,3 +54,6 @@ def load_engine(tables: Tables, metrics: "EngineMetrics | None" = None) -> "Engi
         memory=GpuMemory(place.gpus_per_replica) if config.accelerator == "cuda" else HostMemory(),
         metrics=metrics,
     )
+    if "embed" in artifacts:
+        engine.use_components(partial(training_pca, artifacts["embed"]))
+    return engine

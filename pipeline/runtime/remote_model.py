@@ -253,6 +253,10 @@ class RemoteModel:
         """See ``PictureModel``."""
         return await self._twice(lambda: self._call(self._first, "embed_image", self._served, image))
 
+    async def reduce_image(self, image: Images, components: Sequence[int]) -> tuple[tuple[int, ...], Vectors]:
+        """See ``PictureModel``."""
+        return await self._twice(lambda: self._call(self._first, "reduce_image", self._served, image, components))
+
     async def cut_at(self, texts: Sequence[str]) -> list[int]:
         """See ``PictureModel``."""
         return await self._twice(lambda: self._call(self._first, "cut_at", self._served, texts))

@@ -254,6 +254,12 @@ class ModelReplica:
         """See ``PictureModel``."""
         return await (await self._engine_of(served)).embed_image(image)
 
+    async def reduce_image(
+        self, served: str, image: Images, components: Sequence[int]
+    ) -> tuple[tuple[int, ...], Vectors]:
+        """See ``PictureModel``."""
+        return await (await self._engine_of(served)).reduce_image(image, components)
+
     async def cut_at(self, served: str, texts: Sequence[str]) -> list[int]:
         """See ``PictureModel``."""
         return await (await self._engine_of(served)).cut_at(texts)

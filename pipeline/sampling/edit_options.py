@@ -1,7 +1,13 @@
 """Options of the edits of pictures, apart from the edits, so that a command's ``--help`` imports no torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from models.request import EditError
+
+NUM_COMPONENTS = (20, 40, 80, 160)
+"""Principal components shown by default; the paper's figure 7 goes from 20 to 320."""
 
 
 @dataclass(frozen=True)
@@ -34,3 +40,18 @@ class EditOptions:
     """sdedit: share of the timesteps."""
     components: tuple[int, ...] = ()
     """pca-reconstruct: numbers of components; empty: 20, 40, 80 and 160, as far as the embeddings have them."""
+
+
+def shown_components(components: Sequence[int], most: int) -> tuple[int, ...]:
+    """The numbers of principal components that are shown, before all of them.
+
+    Args:
+        components: Those that are requested; none: ``NUM_COMPONENTS``, as far as the embeddings have them.
+        most: Components that the embeddings have.
+
+    Raises:
+        EditError: If more are requested.
+    """
+    if max(components, default=0) > most:
+        raise EditError(f"components {max(components)}: these embeddings have {most} components")
+    return tuple(components) or tuple(count for count in NUM_COMPONENTS if count < most)

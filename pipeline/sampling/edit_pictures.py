@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -31,7 +30,7 @@ from pipeline.recipe.picture_card import ModelCard, model_card, texts_of
 from pipeline.recipe.plan import artifact_of, finished_artifacts, make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import CASCADE_STEPS
-from pipeline.sampling.edit_options import EditOptions
+from pipeline.sampling.edit_options import EditOptions, shown_components
 from pipeline.sampling.masks import masked_pixels
 from pipeline.sampling.preview import Preview
 from pipeline.sampling.sample import GRID
@@ -46,8 +45,6 @@ EDITS_FILE = "edits.jsonl"
 _CELL_PX = (128, 256)
 _COLUMNS = 10
 """Most pictures side by side in the grid."""
-_NUM_COMPONENTS = (20, 40, 80, 160)
-"""Principal components shown by default; the paper's figure 7 goes from 20 to 320."""
 
 
 @dataclass(frozen=True)
@@ -244,14 +241,12 @@ def _sdedit(editor: Editor, sources: Sources, options: EditOptions) -> Frames:
 def _pca_reconstruct(editor: Editor, sources: Sources, options: EditOptions) -> Frames:
     """Section 4 and figure 7: more and more components of z_image, last all of them, sampled from one noise."""
     pca, z_image = training_pca(sources.embed), editor.embed(_as_tensor(sources.pictures[0]))
-    most = len(pca.components)
-    shown = options.components or tuple(count for count in _NUM_COMPONENTS if count < most)
-    if max(shown, default=0) > most:
-        raise ConfigError(f"--components {max(shown)}: these embeddings have {most} components")
-    bases = [pca.keep(count) for count in shown]
-    projections = [F.normalize(part.reconstruct(part.project(z_image)), dim=1) for part in bases]
+    try:
+        shown = shown_components(options.components, z_image.shape[1])
+    except EditError as error:
+        raise ConfigError(f"--{error}") from None
     counts = [*shown, z_image.shape[1]]
-    result = editor.sample_embeddings(torch.cat([*projections, z_image]), options.seed)
+    result = editor.sample_embeddings(pca.reduce(z_image, shown), options.seed)
     rows: list[Json] = [{"seed": options.seed, "components": count} for count in counts]
     return Frames(result, sources.names[0], [*(str(count) for count in shown), "all"], rows)
 

@@ -28,7 +28,7 @@ from pipeline.recipe.picture_card import ModelCard
 from pipeline.serve.api_page import api_page
 from pipeline.serve.deadlines import end_of, left_of, until
 from pipeline.serve.document import ERRORS, IN_TIME, PICTURES, form_body, json_body
-from pipeline.serve.edits import EDITS, EditKind, edit_of
+from pipeline.serve.edits import EDITS, EditKind, edit_of, with_embeddings
 from pipeline.serve.embeddings import EmbeddingRequest, embed
 from pipeline.serve.generation import NOTES_HEADER, Generation
 from pipeline.serve.guards import client_of
@@ -166,13 +166,17 @@ def _openai(model: PictureModel, neighbours: Neighbours | None, settings: ApiSet
             form = await read_form(request, PICTURE_BODY_LIMIT_BYTES)
             body = settings.timed(parse(kind.body, form.texts, is_form=True))
             check_options(body, settings.card)
+            if kind.reads_embeddings:
+                _require_index(neighbours)
             ends_s = end_of(body.timeout or 0.0)
             decoded = decoding(edit_of, kind, body, form, settings.card.image_px)
             edit, notes = await while_connected(request, until(ends_s, decoded))
-            body = body.model_copy(update={"timeout": left_of(ends_s) or None})
             hold, client = held.hold_edit(edit), client_of(request)
             del form  # its files are not needed any more, and pictures take long
             end_body(request)
+            if kind.reads_embeddings:
+                edit = await while_connected(request, until(ends_s, with_embeddings(edit, model)))
+            body = body.model_copy(update={"timeout": left_of(ends_s) or None})
             generation = Generation(
                 model, body, settings.card, client, edit=edit, notes=notes, index=neighbours, encoding=encoding
             )
@@ -214,19 +218,27 @@ async def _holding(hold: AbstractContextManager[None], events: AsyncGenerator[st
                 yield event
 
 
+def _require_index(neighbours: Neighbours | None) -> Neighbours:
+    """The index; it comes with the training embeddings.
+
+    Raises:
+        ApiError: 404, if there is none.
+    """
+    if neighbours is None:
+        message = "this server has no index: it serves a folder of networks, or `index` was not finished at its start"
+        raise ApiError(404, message, code="index_not_found")
+    return neighbours
+
+
 def _clip_retrieval(model: PictureModel, neighbours: Neighbours | None, settings: ApiSettings) -> APIRouter:
     router = APIRouter()
 
     def require_index(name: str | None) -> Neighbours:
-        if neighbours is None:
-            message = (
-                "this server has no index: it serves a folder of networks, or `index` was not finished at its start"
-            )
-            raise ApiError(404, message, code="index_not_found")
+        index = _require_index(neighbours)
         if name and name != settings.card.name:
             message = f"no index {name!r}; this server has {settings.card.name!r}"
             raise ApiError(404, message, param="indice_name", code="index_not_found")
-        return neighbours
+        return index
 
     @router.get("/indices-list")
     async def indices() -> list[str]:

@@ -5,19 +5,31 @@ has the form of a generation's (pipeline/serve/generation.py).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+import numpy as np
+from pydantic import Field, field_validator, model_validator
 
-from models.request import Edit, Inpainting, Interpolation, StartPicture, TextDiff, Variation
-from pipeline.serve.images import MAX_PROMPT_CHARS, PictureOptions, PromptOptions
+from models.request import (
+    Edit,
+    Inpainting,
+    Interpolation,
+    PcaReconstruction,
+    StartPicture,
+    TextDiff,
+    Variation,
+)
+from pipeline.sampling.edit_options import NUM_COMPONENTS
+from pipeline.serve.images import MAX_IMAGES, MAX_PROMPT_CHARS, PictureOptions, PromptOptions
+from pipeline.serve.protocols import PictureModel
 from pipeline.serve.uploads import Form, masked_picture, raw_picture
 from pipeline.serve.web import ApiError
 
 _STRENGTH = 0.6
 _STRENGTH_OF_FIDELITY = {"low": _STRENGTH, "high": 0.4}
 _NUM_FRAMES = 5
+_MAX_COMPONENTS_CHARS = 100
 
 
 class EditRequest(PromptOptions):
@@ -66,6 +78,37 @@ class TextDiffRequest(PictureOptions):
         return self
 
 
+class PcaReconstructionRequest(PictureOptions):
+    """The body of ``POST /v1/images/pca-reconstructions``: a frame for each number of components, and one of all."""
+
+    components: str | None = Field(default=None, max_length=_MAX_COMPONENTS_CHARS)
+
+    @field_validator("components")
+    @classmethod
+    def _are_numbers(cls, components: str) -> str:
+        counts = [part.strip() for part in components.split(",")]
+        if len(counts) >= MAX_IMAGES:
+            raise ValueError(f"{len(counts)} numbers: at most {MAX_IMAGES - 1}, because the last frame has all")
+        if not all(count.isdecimal() and int(count) > 0 for count in counts):
+            raise ValueError("whole numbers above 0 with commas between them, for example 20,40,80,160")
+        return components
+
+    @field_validator("n")
+    @classmethod
+    def _follows(cls, _: int) -> int:
+        raise ValueError("has no meaning here: there is a frame for each number of components, and one of all")
+
+    @property
+    def counts(self) -> tuple[int, ...]:
+        """The numbers; none: the usual ones."""
+        return tuple(int(part) for part in self.components.split(",")) if self.components else ()
+
+    @property
+    def num_images(self) -> int:
+        """See ``PictureOptions``; of the usual ones, the most that there may be."""
+        return len(self.counts or NUM_COMPONENTS) + 1
+
+
 @dataclass(frozen=True)
 class EditKind:
     """One route."""
@@ -76,6 +119,8 @@ class EditKind:
     num_pictures: int = 1
     """Files of the field ``image``."""
     takes_mask: bool = False
+    reads_embeddings: bool = False
+    """Whether it takes the training embeddings, which come with an index."""
 
 
 def edit_of(kind: EditKind, body: PictureOptions, form: Form, side_px: int) -> tuple[Edit, list[str]]:
@@ -143,6 +188,27 @@ def _text_diff(body: TextDiffRequest, form: Form, _: int) -> tuple[Edit, list[st
     return TextDiff(raw_picture(form.files["image"][0], "image"), body.source, body.target, thetas), []
 
 
+def _pca_reconstruction(body: PcaReconstructionRequest, form: Form, _: int) -> tuple[Edit, list[str]]:
+    return PcaReconstruction(raw_picture(form.files["image"][0], "image"), body.counts), []
+
+
+async def with_embeddings(edit: Edit, model: PictureModel) -> Edit:
+    """An edit as it is; a reconstruction from principal components with the embeddings of its frames.
+
+    Raises:
+        ApiError: 400, if there are not so many components.
+    """
+    if not isinstance(edit, PcaReconstruction):
+        return edit
+    picture = edit.picture
+    image = np.frombuffer(bytearray(picture.levels), np.uint8).reshape(picture.height, picture.width, 3)
+    try:
+        components, z_image = await model.reduce_image(image, edit.components)
+    except ValueError as error:
+        raise ApiError(400, str(error), param="components", code="invalid_value") from None
+    return replace(edit, components=components, z_image=z_image.astype(np.float32).tobytes())
+
+
 def _evenly(last: float, count: int) -> tuple[float, ...]:
     """``count`` numbers from 0 to ``last``; a single one is ``last``."""
     return tuple(last * number / (count - 1) for number in range(count)) if count > 1 else (last,)
@@ -155,5 +221,6 @@ EDITS = {
     "text-diffs": EditKind(TextDiffRequest, _text_diff),
     "reconstructions": EditKind(ReconstructionRequest, _reconstruction),
     "sdedits": EditKind(SdeditRequest, _sdedit),
+    "pca-reconstructions": EditKind(PcaReconstructionRequest, _pca_reconstruction, reads_embeddings=True),
 }
 """The routes below ``/v1/images``."""

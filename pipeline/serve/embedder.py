@@ -2,14 +2,18 @@
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import numpy as np
 import torch
 
+from models.pca import Pca
+from models.request import EditError
 from pipeline.clip.frozen import FrozenClip
+from pipeline.errors import ConfigError
+from pipeline.sampling.edit_options import shown_components
 from pipeline.serve.protocols import Images, Vectors
 
 TEXTS_AT_ONCE = 64
@@ -32,6 +36,11 @@ class Embedder:
         self._computing = computing
         self._thread = ThreadPoolExecutor(1, "unclip-embed")
         self._reader = ThreadPoolExecutor(1, "unclip-tokens")
+        self._fitter = ThreadPoolExecutor(1, "unclip-pca")
+        self.fit_pca: Callable[[], Pca] | None = None
+        """Finds the principal components of the training embeddings; None: there are none here."""
+        self._fitting: Future[Pca] | None = None
+        """What was found, or is being looked for; None before anybody has asked."""
 
     async def texts(self, texts: Sequence[str]) -> Vectors:
         """Embed texts, (B, D); between ``TEXTS_AT_ONCE`` and the next ones, others have their turn."""
@@ -40,6 +49,21 @@ class Embedder:
     async def image(self, image: Images) -> Vectors:
         """Embed a picture (H, W, 3): (D,)."""
         return await self._run(lambda: self._clip.encode_image(torch.from_numpy(image)[None])[0])
+
+    async def reduce_image(self, image: Images, components: Sequence[int]) -> tuple[tuple[int, ...], Vectors]:
+        """See ``PictureModel``; the components are found when they are first asked for, once for all who ask."""
+        if self.fit_pca is None:
+            raise EditError("components: this server's networks come without their training embeddings")
+        z_image = torch.from_numpy(await self.image(image))[None]
+        shown = shown_components(components, z_image.shape[1])
+        fitting = self._fitting
+        if fitting is None or (fitting.done() and fitting.exception()):
+            fitting = self._fitting = self._fitter.submit(self.fit_pca)
+        try:  # others wait for it, if this request is cancelled
+            pca = await asyncio.shield(asyncio.wrap_future(fitting))
+        except ConfigError as error:
+            raise EditError(str(error)) from None
+        return (*shown, z_image.shape[1]), pca.reduce(z_image, shown).numpy()
 
     async def cut_at(self, texts: Sequence[str]) -> list[int]:
         """See ``PictureModel``; it waits for no embedding."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from models.cascade import Cascade
+from models.pca import Pca
 from models.request import SampleRequest
 from pipeline.clip.frozen import FrozenClip
 from pipeline.serve.deadlines import end_of
@@ -173,6 +174,14 @@ class Engine(EngineLoop):
     async def embed_image(self, image: Images) -> Vectors:
         """See ``PictureModel``."""
         return await self._embedder.image(image)
+
+    def use_components(self, fit_pca: Callable[[], Pca]) -> None:
+        """Let ``reduce_image`` call ``fit_pca``, once, for the principal components of the training embeddings."""
+        self._embedder.fit_pca = fit_pca
+
+    async def reduce_image(self, image: Images, components: Sequence[int]) -> tuple[tuple[int, ...], Vectors]:
+        """See ``PictureModel``."""
+        return await self._embedder.reduce_image(image, components)
 
     async def cut_at(self, texts: Sequence[str]) -> list[int]:
         """See ``PictureModel``."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from models.request import Edit, Interpolation, TextDiff
+from models.request import Edit, Interpolation, PcaReconstruction, TextDiff
 from pipeline.errors import DataError
 from pipeline.recipe.picture_card import ModelCard, made_with
 from pipeline.serve.deadlines import beside, end_of, until
@@ -241,6 +241,8 @@ class Generation:
                 about["share"] = shares[index]
             case TextDiff(_, _, _, thetas):
                 about["theta"] = thetas[index]
+            case PcaReconstruction(_, components):
+                about["components"] = components[index]
             case _:
                 pass
         return about

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from models.request import WALK_STEPS, Edit, Interpolation, SampleRequest, TextDiff, is_walk
+from models.request import WALK_STEPS, Edit, PcaReconstruction, SampleRequest, Way, is_walk
 from pipeline.recipe.picture_card import ModelCard
 from pipeline.serve.deadlines import Timeout
 from pipeline.serve.picture_files import Format
@@ -146,11 +146,11 @@ def sample_request(
         side_px: Side of the pictures; the cascade ends at the first stage that reaches it.
         card: How each stage is sampled by default, for ``quality``, which multiplies the decoder's steps as far as it
             has that many.
-        edit: The pictures that it starts from; the frames of a way from one picture to another share one seed.
+        edit: The pictures that it starts from; the frames of a ``Way`` share one seed.
     """
     first = secrets.randbelow(2**31) if body.seed is None else body.seed
-    is_way = isinstance(edit, Interpolation | TextDiff)
-    seeds = (first,) * body.num_images if is_way else tuple(range(first, first + body.num_images))
+    count = len(edit.components) if isinstance(edit, PcaReconstruction) else body.num_images
+    seeds = (first,) * count if isinstance(edit, Way) else tuple(range(first, first + count))
     prompt = body if isinstance(body, PromptOptions) else None
     scales = {"decoder": body.guidance_scale, "prior": prompt.prior_guidance_scale if prompt else None}
     num_steps, factor = body.num_inference_steps, _STEPS_OF_QUALITY[body.quality or "auto"]

@@ -112,6 +112,21 @@ class PictureModel(Protocol):
         """z_image of a picture (H, W, 3), (D,), of length one."""
         ...
 
+    async def reduce_image(self, image: Images, components: Sequence[int]) -> tuple[tuple[int, ...], Vectors]:
+        """z_image of a picture (H, W, 3) with its first principal components alone, and last with all D of them.
+
+        Args:
+            image: The picture.
+            components: How many; none: 20, 40, 80 and 160, as far as there are more.
+
+        Returns:
+            The numbers of components, n of them, and the embeddings (n, D), each of length one.
+
+        Raises:
+            ValueError: If there are fewer components, or too few training embeddings.
+        """
+        ...
+
     async def cut_at(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text that CLIP reads, start and end included, if it has more; 0: CLIP reads all of it."""
         ...

@@ -77,6 +77,13 @@ def test_a_chain_finds_the_same_neighbours_without_an_index_in_the_http_process(
                 content["created"] = 0
         assert answers[0].status_code == answers[1].status_code
         assert _rounded(contents[0]) == _rounded(contents[1])
+    route, files = "/v1/images/pca-reconstructions", {"image": plain_picture("blue")}
+    for client in clients:
+        answer = client.post(route, data={"components": "2", "num_inference_steps": "2"}, files=files)
+        assert answer.status_code == 200, answer.text
+        assert [row["components"] for row in answer.json()["data"]] == [2, 16]
+        refused = client.post(route, data={"components": "17"}, files=files)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "components")
     engine.close()
 
 

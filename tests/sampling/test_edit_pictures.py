@@ -17,7 +17,7 @@ from pipeline.errors import ConfigError
 from pipeline.pictures import read_file
 from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.recipe.recipe import Recipe, parse_recipe
-from pipeline.sampling import edit_pictures
+from pipeline.sampling import edit_options
 from pipeline.sampling.edit_options import EditOptions
 from pipeline.sampling.edit_pictures import EDITS, Sources, edit_recipe, training_pca
 from pipeline.sampling.masks import masked_pixels
@@ -117,7 +117,7 @@ def test_outpainting_keeps_the_whole_picture_in_the_middle(tiny: Recipe, files: 
 def test_components_that_nobody_named_are_those_that_there_are(
     tiny: Recipe, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(edit_pictures, "_NUM_COMPONENTS", (2, 5, 16, 20))
+    monkeypatch.setattr(edit_options, "NUM_COMPONENTS", (2, 5, 16, 20))
     rows = edit_recipe(tiny, "pca-reconstruct", files[:1], EditOptions(), QUICK, out_dir=tmp_path)
     assert [row["components"] for row in rows] == [2, 5, 16]  # the last is all of them
 

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import openai
 import pytest
@@ -31,6 +32,7 @@ from pipeline.recipe.plan import artifact_of, finished_artifacts, make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.retrieve.retriever import Retriever
+from pipeline.sampling.edit_pictures import training_pca
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.engine import Engine
 from pipeline.serve.local_neighbours import LocalNeighbours
@@ -122,6 +124,7 @@ def neighbours(recipe: Recipe) -> LocalNeighbours:
 def server(recipe: Recipe, neighbours: LocalNeighbours) -> Iterator[Server]:
     cascade = load_cascade(finished_artifacts(recipe, CASCADE_STEPS))
     engine = Engine(cascade, max_batch_size=4, max_waiting=3)
+    engine.use_components(partial(training_pca, finished_artifacts(recipe, ("embed",))["embed"]))
     card = ModelCard(recipe.name, 32, sampling=cascade.settings)
     with _serving(create_app(engine, neighbours, ApiSettings(card, created=1_700_000_000))) as url:
         yield Server(url, recipe, cascade, engine)

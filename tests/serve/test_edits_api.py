@@ -1,5 +1,6 @@
 """Requests that start from pictures, by OpenAI's own client and by forms."""
 
+import asyncio
 import base64
 import inspect
 import io
@@ -17,9 +18,19 @@ from PIL import Image
 from models.cascade import Cascade
 from models.edit_phases import run_phases
 from models.editor import Editor, EditSettings
-from models.request import SampleRequest, StartPicture, Variation
+from models.pca import Pca
+from models.request import EditError, SampleRequest, StartPicture, Variation
 from models.stage import Z_IMAGE
+from pipeline.errors import ConfigError
+from pipeline.recipe.picture_card import ModelCard
+from pipeline.recipe.plan import finished_artifacts
+from pipeline.sampling import edit_pictures
+from pipeline.sampling.edit_options import EditOptions
+from pipeline.sampling.edit_pictures import EDITS as COMMANDS
+from pipeline.sampling.edit_pictures import Sources
+from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.edits import EDITS
+from pipeline.serve.embedder import Embedder
 from tests.tiny.pictures import almost_equal, noisy_picture, png, raw, tensor
 from tests.tiny.shards import pixels, plain_picture
 
@@ -156,6 +167,77 @@ def test_text_diffs_are_those_of_the_command(server: Any, editor: Editor) -> Non
     assert almost_equal(alone, images(answer)[1])
 
 
+def test_pca_reconstructions_are_those_of_the_command(
+    server: Any, editor: Editor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture, embed = noisy_picture(1), finished_artifacts(server.recipe, ("embed",))["embed"]
+    basis, _ = torch.linalg.qr(torch.from_numpy(np.random.default_rng(0).normal(size=(16, 16))))
+    pca = Pca(
+        torch.zeros(16, dtype=torch.float64), basis, torch.ones(16), 16.0
+    )  # its own embeddings are nearly their mean
+    monkeypatch.setattr(edit_pictures, "training_pca", lambda _: pca)
+    monkeypatch.setattr(server.engine._embedder, "fit_pca", lambda: pca)
+    monkeypatch.setattr(server.engine._embedder, "_fitting", None)
+    sources = Sources(("a.png",), (Image.fromarray(pixels(picture)),), embed)
+    frames = COMMANDS["pca-reconstruct"](editor, sources, EditOptions(seed=5, components=(1, 4)))
+    answer = post(server, "pca-reconstructions", picture, components="1, 4", seed="5")
+    assert all(almost_equal(one, same) for one, same in zip(images(answer), frames.result.images, strict=True))
+    assert not almost_equal(images(answer)[0], images(answer)[2])
+    frames_of_answer = [(row["seed"], row["components"]) for row in answer.json()["data"]]
+    assert frames_of_answer == [(row["seed"], row["components"]) for row in frames.rows] == [(5, 1), (5, 4), (5, 16)]
+    [usual] = images(post(server, "pca-reconstructions", picture, seed="5"))  # 16 are fewer than any of the usual ones
+    assert almost_equal(usual, images(answer)[2])
+
+
+def test_pca_reconstructions_stream_with_previews_and_say_what_they_are(server: Any) -> None:
+    fields = {"components": "2", "stream": "true", "partial_images": "1", "seed": "5", "num_inference_steps": "10"}
+    stream = post(server, "pca-reconstructions", noisy_picture(1), **fields)
+    events = [json.loads(line[6:]) for line in stream.text.splitlines() if line.startswith("data: ")]
+    assert [event["type"] for event in events] == ["image_edit.partial_image"] * 2 + ["image_edit.completed"] * 2
+    assert [event["components"] for event in events[2:]] == [2, 16]
+    with Image.open(io.BytesIO(base64.b64decode(events[-1]["b64_json"]))) as picture:
+        facts = json.loads(picture.text["unclip"])
+    assert facts["edit"].pop("sources")
+    assert facts["edit"] == {"kind": "pcareconstruction", "components": [2, 16]}
+    assert (facts["sampling"]["decoder"]["method"], facts["seed"]) == ("ddim", 5)
+
+
+def test_principal_components_are_found_once_and_again_after_an_error(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embedder, calls = Embedder(server.cascade.clip), list[None]()
+    image, fit = pixels(noisy_picture(1)).copy(), server.engine._embedder.fit_pca
+
+    def fit_pca() -> Pca:
+        calls.append(None)
+        if len(calls) == 1:
+            raise ConfigError("too few training embeddings")
+        return fit()
+
+    with pytest.raises(EditError, match="without their training embeddings"):
+        asyncio.run(embedder.reduce_image(image, [1]))
+    embedder.fit_pca = fit_pca
+    with pytest.raises(EditError, match="too few training embeddings"):
+        asyncio.run(embedder.reduce_image(image, [1]))
+
+    async def several() -> list[Any]:
+        return await asyncio.gather(*(embedder.reduce_image(image, [count]) for count in (1, 2, 16)))
+
+    answers = asyncio.run(several())
+    assert len(calls) == 2
+    assert [components for components, _ in answers] == [(1, 16), (2, 16), (16, 16)]
+    np.testing.assert_allclose(np.linalg.norm(answers[0][1], axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(answers[2][1][0], answers[2][1][1], atol=1e-5)
+
+
+def test_networks_without_training_embeddings_have_no_principal_components(server: Any, serving: Any) -> None:
+    with serving(create_app(server.engine, None, ApiSettings(ModelCard("tiny", 32)))) as url:
+        files = {"image": noisy_picture(1)}
+        answer = httpx.post(f"{url}/v1/images/pca-reconstructions", files=files, timeout=60)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "index_not_found")
+    assert "a folder of networks" in answer.json()["error"]["message"]
+
+
 def test_a_size_ends_an_edit_at_the_stage_that_makes_it(server: Any) -> None:
     side = server.cascade.sides_px["decoder"]
     for route in ("variations", "reconstructions"):
@@ -214,6 +296,12 @@ def test_no_strength_returns_the_picture_itself_as_the_command_does(server: Any,
         ("variations", {}, {"image": "1", "mask": "1"}, "mask", "unknown parameter"),
         ("interpolations", {}, {"image": "1"}, "image", "2 pictures are needed, and 1 came"),
         ("text-diffs", {"source": "a", "target": "a"}, {"image": "1"}, None, "the same"),
+        ("pca-reconstructions", {"components": "3,x"}, {"image": "1"}, "components", "whole numbers"),
+        ("pca-reconstructions", {"components": "0"}, {"image": "1"}, "components", "whole numbers"),
+        ("pca-reconstructions", {"components": "1,1,1,1,1,1,1,1,1,1"}, {"image": "1"}, "components", "at most 9"),
+        ("pca-reconstructions", {"components": "1" * 101}, {"image": "1"}, "components", "at most 100 characters"),
+        ("pca-reconstructions", {"components": "17"}, {"image": "1"}, "components", "have 16 components"),
+        ("pca-reconstructions", {"n": "2"}, {"image": "1"}, "n", "no meaning"),
         ("sdedits", {"prompt": PROMPT, "strength": "-0.1"}, {"image": "1"}, "strength", "strength"),
         ("sdedits", {"prompt": PROMPT, "num_inference_steps": "1001"}, {"image": "1"}, "num_inference_steps", "1000"),
     ],
