@@ -27,6 +27,8 @@ from tests.tiny.recipe import write_recipe
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 _CHANGES = ("--set", "evaluate.resources.max_retries=3")
+_ELSEWHERE = {"--address", "http://127.0.0.1:8265", "--set", "workspace=s3://BUCKET/my"}
+_HERE = {"my.toml": "configs/demo.toml", "my": "demo"}
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,9 @@ class Submitted:
     output: str
 
     def typed(self, name: str, *more: str) -> subprocess.CompletedProcess[str]:
-        """The README's line for this command, at this cluster."""
+        """The README's line for this command, at this cluster, for this recipe in its own workspace."""
         [words] = [words for words in shell_commands() if words[0] == name]
-        words = [word for word in words if word not in {"--address", "http://127.0.0.1:8265"}]
+        words = [_HERE.get(word, word) for word in words if word not in _ELSEWHERE]
         folder = self.recipe.parents[1]
         return unclip(*words, *more, "--address", self.dashboard, cwd=folder, timeout_s=500)
 

@@ -67,7 +67,7 @@ def test_the_time_of_shards_is_that_of_whole_tars(tmp_path: Path, monkeypatch: p
     times.append(time.perf_counter())
     for unit, start, end in zip(units, times, times[1:], strict=False):
         # For each of its 16 rows, the time of the whole tar was 75 times as long.
-        assert (end - start) / 1200 / 10 < unit.row_s < (end - start) / 1200 * 10
+        assert (end - start) / 1200 / 60 < unit.row_s < (end - start) / 1200 * 60
         assert unit.fixed_s == 0
     assert rehearsal.num_good == rehearsal.num_pairs == 16  # the other steps are rehearsed on these
 
@@ -164,7 +164,7 @@ def test_more_workers_do_not_shorten_what_a_limited_host_holds_up(
 ) -> None:
     recipe = _list_recipe(tmp_path, [f"{address}/{row}-0.05" for row in range(24)], 64, num_workers=16, **limits)
     unit = _download(recipe, tmp_path / "rehearsal")
-    assert unit.unshared_row_s + unit.row_s / 16 >= 0.99 * row_s
+    assert unit.unshared_row_s + unit.row_s / 16 >= 0.8 * row_s
     assert unit.row_s < 24 * row_s / 2  # the waits for turns are no part of it
 
 
@@ -198,6 +198,6 @@ def test_a_companion_starts_in_the_folder_of_the_person_and_imports_nothing_ther
     (tmp_path / "pipeline.py").write_text("raise SystemExit(3)")
     monkeypatch.chdir(tmp_path)
     job: Any = _MakesAFolder()  # to the companion it is no job, so that it ends
-    with pytest.raises(StepError, match="before it was working"), companions(job, 1):
+    with pytest.raises(StepError, match="before it was ready"), companions(job, 1):
         pass
     assert (tmp_path / "made-here").is_dir()
