@@ -211,6 +211,6 @@ def logs_by_name(logs: list[WorkerLog], words: str, lost_machines: list[str]) ->
     of_name = [log for log in logs if words in {log.step, log.name}]
     if not of_name:
         names = ", ".join(dict.fromkeys(log.name for log in logs)) or "none"
-        gone = f"; machines that have gone took theirs along: {', '.join(lost_machines)}" if lost_machines else ""
-        raise ConfigError(f"{words}: no log of that name; there are {names}{gone}")
+        without = f"; machines that have gone took theirs along: {', '.join(lost_machines)}" if lost_machines else ""
+        raise ConfigError(f"{words}: no log of that name; there are {names}{without}")
     return of_name
