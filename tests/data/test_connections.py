@@ -1,7 +1,8 @@
 """Who has a connection while hosts have limits: nobody waits with one, and no request waits for one after its turn."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,17 +124,26 @@ class _NotedLimits(HostLimits):
         return reservation
 
 
+@contextlib.asynccontextmanager
+async def _row_at_its_turn(
+    url: str, limits: _NotedLimits, connections: Connections, ends: asyncio.Event
+) -> AsyncGenerator[tuple[asyncio.Task[str], asyncio.Task[None]]]:
+    """A row whose host's turn has come, and another that holds the one connection until ``ends``."""
+    async with Fetcher(_CONFIG, _NEAR, limits, connections) as fetcher:
+        lease = await limits.start("127.0.0.1")
+        row = asyncio.create_task(_row(fetcher, connections, f"{url}/ok"))
+        await _until(lambda: limits.is_asked)
+        other = asyncio.create_task(_hold(connections, ends.wait()))
+        await asyncio.sleep(0)
+        await limits.release("127.0.0.1", lease)
+        await _until(lambda: limits.num_reserved == 1)
+        yield row, other
+
+
 def test_no_request_starts_at_its_hosts_turn_without_a_connection(hostile: HostileServer) -> None:
     async def run() -> None:
         limits, connections, ends = _NotedLimits(1), Connections(1), asyncio.Event()
-        async with Fetcher(_CONFIG, _NEAR, limits, connections) as fetcher:
-            lease = await limits.start("127.0.0.1")
-            row = asyncio.create_task(_row(fetcher, connections, f"{hostile.url}/ok"))
-            await _until(lambda: limits.is_asked)
-            other = asyncio.create_task(_hold(connections, ends.wait()))
-            await asyncio.sleep(0)
-            await limits.release("127.0.0.1", lease)
-            await _until(lambda: limits.num_reserved == 1)
+        async with _row_at_its_turn(hostile.url, limits, connections, ends) as (row, other):
             await asyncio.sleep(0.05)
             assert limits.num_started == 1
             ends.set()
@@ -147,14 +157,7 @@ def test_no_request_starts_at_its_hosts_turn_without_a_connection(hostile: Hosti
 def test_a_row_that_is_stopped_at_its_turn_gives_the_turn_back(hostile: HostileServer) -> None:
     async def run() -> None:
         limits, connections, ends = _NotedLimits(1), Connections(1), asyncio.Event()
-        async with Fetcher(_CONFIG, _NEAR, limits, connections) as fetcher:
-            lease = await limits.start("127.0.0.1")
-            row = asyncio.create_task(_row(fetcher, connections, f"{hostile.url}/ok"))
-            await _until(lambda: limits.is_asked)
-            other = asyncio.create_task(_hold(connections, ends.wait()))
-            await asyncio.sleep(0)
-            await limits.release("127.0.0.1", lease)
-            await _until(lambda: limits.num_reserved == 1)
+        async with _row_at_its_turn(hostile.url, limits, connections, ends) as (row, other):
             row.cancel()
             await asyncio.wait([row])
             assert limits._hosts == {}
