@@ -170,7 +170,11 @@ def remaining(
     untimed: list[str] = []
     for step in steps:
         estimate = times.get(step.name)
-        left = _left(readings.get(step.name), None if estimate is None else _part(estimate, pace), slowdown)
+        reading = readings.get(step.name)
+        if reading is not None and _is_counted_out(step.name, reading):
+            left = StepTime(0.0)
+        else:
+            left = _left(reading, None if estimate is None else _part(estimate, pace), slowdown)
         if left is None:
             untimed.append(step.name)
         loads.append(_load(recipe, step, left or StepTime(0.0)))
@@ -200,6 +204,14 @@ def status_remaining(recipe: Recipe, statuses: Sequence[StepStatus]) -> Remainin
     if not live:
         return remaining_from(recipe, statuses, times, machine)
     return remaining(recipe, steps, live, times, machine)
+
+
+def _is_counted_out(name: str, state: ProgressState) -> bool:
+    """Whether all that a step counts is done: what it still does, such as a last validation, has no rate.
+
+    The rows of pairs are counted only about, and are then put in order.
+    """
+    return state.done >= state.total > 0 and name != "pairs"
 
 
 def _left(state: ProgressState | None, estimate: StepTime | None, slowdown: float) -> StepTime | None:

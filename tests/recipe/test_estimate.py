@@ -54,6 +54,15 @@ def test_the_rate_of_a_running_step_replaces_its_estimate(tmp_path: Path) -> Non
     assert _left(recipe, ["decoder"], {"decoder": _reading(0, 0.0, wall_s=15)}) == pytest.approx(45)  # none yet
 
 
+def test_a_step_whose_units_are_all_done_holds_up_nothing_that_waits(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path)
+    done = {"decoder": _reading(100, 2.0, wall_s=50)}  # its last validation runs
+    assert _left(recipe, ["decoder"], done) == 0
+    assert _left(recipe, ["decoder", "evaluate"], done) == pytest.approx(8)
+    of_about_100 = {"pairs": _reading(100, 50.0, unit="rows", wall_s=0.4)}
+    assert _left(recipe, ["pairs"], of_about_100) == pytest.approx(0.6)
+
+
 def test_what_waits_is_as_slow_as_what_runs(tmp_path: Path) -> None:
     # The decoder runs at half its estimated speed, so the evaluation is taken to need twice its time.
     readings = {"decoder": _reading(50, 50 / 60)}
