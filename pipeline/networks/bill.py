@@ -108,7 +108,7 @@ def recipe_bill(recipe: Recipe, costs: Sequence[NetworkCost], *, until: str = ""
     num_rows, statuses = count_pairs(recipe.pairs), plan_status(Workspace(recipe.workspace), steps)
     folder = recipe.embed.import_from
     num_embedded = count_rows(Path(folder)) if folder else num_rows
-    gpu_hours, cpu_hours, untimed = _hours(recipe, statuses, costs, num_embedded)
+    gpu_hours, cpu_hours, untimed = _hours(recipe, statuses, costs, num_rows, num_embedded)
     names = {step.name for step in steps}
     sizes = _gigabytes(recipe, statuses, costs, num_rows, num_embedded)
     sizes, reads, writes = (
@@ -148,7 +148,7 @@ def _short(amount: float) -> str:
 
 
 def _hours(
-    recipe: Recipe, statuses: Sequence[StepStatus], costs: Sequence[NetworkCost], num_embedded: int
+    recipe: Recipe, statuses: Sequence[StepStatus], costs: Sequence[NetworkCost], num_rows: int, num_embedded: int
 ) -> tuple[dict[str, float], dict[str, float], list[str]]:
     """GPU and CPU hours by step, and the steps of which no time is known."""
     times, _ = load_times(recipe, [status.step for status in statuses])
@@ -157,10 +157,13 @@ def _hours(
     if not recipe.embed.import_from:  # imported embeddings run through no network
         counted["embed"] = num_embedded * clip.sampling_flops / (PEAK_FLOPS[recipe.prices.gpu] * UTILISATION) / 3600
     gpu_hours, cpu_hours, untimed = dict[str, float](), dict[str, float](), list[str]()
+    num_shards = _num_shards(recipe, num_rows)
     for step in (status.step for status in statuses):
         needs, time = needs_of(getattr(recipe, step.name)), times.get(step.name)
         if time is not None:
-            workers = needs.num_workers if step.name in recipe.trained() else 1
+            is_training = step.name in recipe.trained()
+            # Each worker holds its CPUs while it starts, and while all of them wait for a host with limits.
+            workers = needs.num_workers if is_training else min(needs.most_workers, max(1, num_shards))
             hours = (time.shared_s + time.fixed_s * workers) / 3600
             (gpu_hours if needs.gpus else cpu_hours)[step.name] = hours * (needs.gpus or needs.cpus)
         elif needs.gpus and step.name in counted:
@@ -195,11 +198,15 @@ def requests_of(recipe: Recipe, num_rows: int) -> tuple[dict[str, float], dict[s
     reads, writes = dict[str, float](), dict[str, float]()
     if Workspace(recipe.workspace).is_local:
         return reads, writes
-    num_shards = math.ceil(num_rows / recipe.download.samples_per_shard)
+    num_shards = _num_shards(recipe, num_rows)
     for name, (read, written) in _requests_by_step(recipe).items():
         reads[name] = (read[0] * num_shards + read[1]) / 1000
         writes[name] = (written[0] * num_shards + written[1]) / 1000
     return reads, writes
+
+
+def _num_shards(recipe: Recipe, num_rows: int) -> int:
+    return math.ceil(num_rows / recipe.download.samples_per_shard)
 
 
 def _requests_by_step(recipe: Recipe) -> Mapping[str, tuple[tuple[int, int], tuple[int, int]]]:

@@ -15,6 +15,7 @@ from pipeline.networks.bill import REQUESTS, Bill, format_bill, recipe_bill, req
 from pipeline.networks.costs import recipe_costs
 from pipeline.recipe.estimate import StepTime, save_times
 from pipeline.recipe.recipe import Recipe, parse_recipe
+from pipeline.timing.units import RowUnits, Units, step_times
 from pipeline.workspace.store import Artifact
 from tests.scaling_page import counted_by_hand, value
 from tests.tiny.command import unclip_json
@@ -57,6 +58,18 @@ def test_a_bill_is_hours_and_storage_at_the_prices_of_the_recipe(tmp_path: Path)
     assert note.startswith("no time is known of pairs, index, prior, ")
     assert format_bill(bill).splitlines()[3].split() == ["together", f"{bill.money:,.2f}", "USD"]
     assert bill.to_dict()["entries"][1]["money"] == pytest.approx(0.5 * cpu.amount)
+
+
+@pytest.mark.parametrize(("rows_of_a_shard", "num_workers"), [(1000, 8), (10_000, 2)])  # of 20 shards, and of 2
+def test_every_worker_that_waits_for_a_limited_host_is_billed(
+    tmp_path: Path, rows_of_a_shard: int, num_workers: int
+) -> None:
+    download = {"samples_per_shard": rows_of_a_shard, "resources": {"num_workers": 8, "cpus_per_worker": 0.5}}
+    recipe = _recipe(tmp_path, download=download)
+    units = Units(process_s=0.0, num_rows=20_000, rows={"download": RowUnits(row_s=0.9, unshared_row_s=1.8)})
+    save_times(recipe, step_times(recipe, units), 1.0)
+    cpu = next(entry for entry in _bill(recipe).entries if entry.what == "CPU")
+    assert cpu.amounts == {"download": pytest.approx((5.0 + 10.0 * num_workers) * 0.5)}
 
 
 def test_a_bill_up_to_a_step_has_nothing_of_later_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
