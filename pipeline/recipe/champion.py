@@ -23,6 +23,8 @@ _CONFIG = "config.json"
 """Of a network's artifact."""
 _CHANGES_LITTLE = {"seed", "batch_size", "num_shown", "num_images_per_shown"}
 """Settings of an evaluation whose measures compare all the same."""
+_VERSION = "step_version"
+"""Among the settings: which release's numbers they are."""
 _LOWER_IS_BETTER = ("frechet", "cmmd", "bits_per_dim", "memori")
 
 
@@ -168,7 +170,7 @@ def promote(
         name: value
         for name, value in manifest.section.items()
         if not isinstance(value, dict) and name not in _CHANGES_LITTLE
-    } | {"step_version": manifest.step_version}
+    } | {_VERSION: manifest.step_version}
     workspace = Workspace(recipe.workspace)
     # A lock of its own: the workspace's is held by runs, for weeks.
     with locked(f"{workspace.root}/{_LOCK}", f"{workspace.root}: another champion is being chosen", warn) as lock:
@@ -205,8 +207,8 @@ def _compare(before: Promotion | None, measures: dict[str, float], settings: Jso
     changed = sorted(name for name in settings | before.settings if settings.get(name) != before.settings.get(name))
     if changed and not force:
         raise ConfigError(
-            f"{numbers} do not compare: {', '.join(changed)} of [evaluate] was another; measure both alike, or promote "
-            "it anyway with --force and a --reason"
+            f"{numbers} do not compare: {', '.join(map(_setting, changed))} was another; measure both alike, or "
+            "promote it anyway with --force and a --reason"
         )
     is_lower = by.startswith(_LOWER_IS_BETTER)
     is_better = now < before.measures[by] if is_lower else now > before.measures[by]
@@ -215,6 +217,10 @@ def _compare(before: Promotion | None, measures: dict[str, float], settings: Jso
         rule = "lower" if is_lower else "higher"
         raise ConfigError(f"{numbers}: no better ({rule} is better); promote it anyway with --force and a --reason")
     return numbers
+
+
+def _setting(name: str) -> str:
+    return "the version of the evaluation" if name == _VERSION else f"{name} of [evaluate]"
 
 
 def _artifact(workspace: Workspace, name: str) -> Artifact:

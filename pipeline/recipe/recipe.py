@@ -367,8 +367,8 @@ def _explain(item: Any, data: Json) -> str:
 def _meant(location: list[str], data: Json) -> list[str]:
     """What an unknown key is likely to mean.
 
-    Its name elsewhere in its section; else one like it beside it; else its name elsewhere in the recipe, unless many
-    fields have it, or it stands there in the same table of another section.
+    Its name elsewhere in its section; else one like it beside it; else its name elsewhere in the recipe, unless it is a
+    single word, many fields have it, or it stands there in the same table of another section.
     """
     optional = {name: {} for name, table in default_tables({}).items() if table is None}
     tables = default_tables(optional | data)
@@ -378,7 +378,8 @@ def _meant(location: list[str], data: Json) -> list[str]:
     table = _value_at(tables, location[:-1])
     close = difflib.get_close_matches(location[-1], list(table) if isinstance(table, dict) else [], n=1)
     others = [name for name in same if len(inside) < 2 or name.split(".")[1:] != inside]
-    return own or close or (others if len(others) <= _PLACES_NAMED else [])
+    # One word (kind, seed) means something else in each section.
+    return own or close or (others if "_" in location[-1] and len(others) <= _PLACES_NAMED else [])
 
 
 def _value_at(data: Any, location: list[str]) -> Any:

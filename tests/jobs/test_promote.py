@@ -101,7 +101,7 @@ def test_measures_of_two_releases_that_measure_differently_do_not_compare(path: 
     artifact.commit(dataclasses.replace(manifest, step_version=manifest.step_version - 1))
     assert _promote(path, "--set", "seed=1").exit_code == 0
     _measure(load_recipe(str(path)), clip_score__generated=0.9)
-    assert "do not compare: step_version of [evaluate] was another" in str(_promote(path).exception)
+    assert "do not compare: the version of the evaluation was another" in str(_promote(path).exception)
     assert _promote(path, "--force", "--reason", "a new release").exit_code == 0
 
 

@@ -163,6 +163,13 @@ def test_parse_recipe_refuses_and_names_the_key(tables: dict[str, object], words
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize("tables", [{"decoder": {"model": {"kind": "x"}}}, {"embed": {"seed": 1}}])
+def test_a_word_that_other_sections_have_too_is_not_what_an_unknown_key_means(tables: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="unknown key") as caught:
+        parse_recipe(tables)
+    assert "did you mean" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("text", "word"),
     [("seed = ", "not a valid recipe"), ("when = 2020-01-01", "dates"), ("seed = 1\nseed = 2", "valid")],
