@@ -8,6 +8,7 @@ A byte that is not UTF-8 becomes half of a surrogate pair, which the reader of a
 """
 
 import codecs
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -167,7 +168,7 @@ def _values(buffer: str, text: _Text) -> Iterator[tuple[int, Any]]:
             yield number, value
             yield from [(number, ValueError("may be a record in one that is not JSON"))] * num_others
             if isinstance(value, dict) and len(names) < _MOST_NAMES:
-                names.update(cast("Record", value))
+                names.update(itertools.islice(cast("Record", value), 1))
             number, place = number + 1, end
             continue
         is_too_long = len(buffer) - place >= _LONGEST_RECORD
@@ -206,25 +207,32 @@ def _end_of_value(buffer: str, place: int, fault: int, names: set[str]) -> tuple
         place: Where the value begins.
         fault: The first character that is no JSON; the length of the buffer if there is none. The quotes before it are
             those of texts. If one is missing behind it, or one too many, a text seems to begin at a record's end, and
-            to go on to the next record's first name: the value ends there. If a record begins in the place of a name,
-            a bracket of the value is missing, or one is too many: the value ends there, too.
-        names: Names of fields of the records before. Without them, a record begins with the first name of this value.
+            to go on to the next record's first name: the value ends there, unless a list in it is open. If a record
+            begins in the place of a name, a bracket of the value is missing, or one is too many: the value ends there,
+            too.
+        names: First names of the records before, by which a record is told from one in a list of the value. Without
+            them, a record begins with the first name of this value, or, behind a text, with any.
     """
-    names = names or {match.group(1) for match in [_FIRST_NAME.match(buffer, place)] if match}
-    opened, num_others, behind_comma = list[str](), 0, len(buffer)
+    is_first = not names
+    names = names or {name for name in [_first_name(buffer, place)] if name is not None}
+    opened, num_others, behind_comma, depth = list[str](), 0, len(buffer), -1
     for match in _PUNCTUATION.finditer(buffer, place):
         mark, start = match.group(), match.start()
         if mark == '"':
             break
-        if fault <= match.end() and fault < len(buffer) and (edge := _EDGE.search(mark)):
-            return start + edge.end(), num_others
-        is_at_fault = start >= fault and (opened == ["["] or opened[-1:] == ["{"])
-        if mark == "{" and is_at_fault and _BLANK.fullmatch(buffer, behind_comma, start):
-            name = _FIRST_NAME.match(buffer, start)
-            if name is None and _IS_CUT.match(buffer, start):
+        end, is_end = 0, True
+        if len(mark) > 1 and fault <= match.end() and fault < len(buffer):
+            edge, depth = _edge_in(mark, opened.count("[") if depth < 0 else depth)
+            end, is_end = start + edge if edge else 0, not depth
+        elif mark == "{" and start >= fault and (opened == ["["] or opened[-1:] == ["{"]):
+            end = start if _BLANK.fullmatch(buffer, behind_comma, start) else 0
+        if end:
+            record = buffer.index("{", end)
+            name = _first_name(buffer, record)
+            if name is None and _IS_CUT.match(buffer, record):
                 break
-            if name is not None and name.group(1) in names:
-                return start, num_others
+            if is_end and (name in names or (is_first and mark != "{")):
+                return end, num_others
             num_others += name is not None
         if not opened and mark in {",", "]", "}"}:  # behind a bare number, or one } too many
             return max(start, place + 1), num_others
@@ -236,6 +244,28 @@ def _end_of_value(buffer: str, place: int, fault: int, names: set[str]) -> tuple
                 return match.end(), num_others
         behind_comma = match.end() if mark == "," else len(buffer)
     return 0, 0
+
+
+def _first_name(buffer: str, place: int) -> str | None:
+    """The first name of the record that begins at a place; None if none does, or if its name is not here whole."""
+    match = _FIRST_NAME.match(buffer, place)
+    if match is None:
+        return None
+    try:
+        return _DECODER.raw_decode(buffer, match.start(1) - 1)[0]
+    except ValueError:  # an escape that is none
+        return match.group(1)
+
+
+def _edge_in(text: str, num_lists: int) -> tuple[int, int]:
+    """Where a record may end in what seems to be a text but is what lies between two, 0 if nowhere.
+
+    And how many lists are open there, or at the end, if as many as ``num_lists`` are open before it.
+    """
+    edge = _EDGE.search(text)
+    stop = edge.start() if edge else len(text)
+    num_lists += text.count("[", 0, stop) - text.count("]", 0, stop)
+    return edge.end() if edge else 0, max(0, num_lists)
 
 
 def _is_last_record(rest: str) -> bool:

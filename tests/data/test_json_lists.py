@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.data.json_lists import json_records
 from pipeline.data.list_columns import ListColumns
 from pipeline.data.lists import list_spans, read_span
 from pipeline.data.reading import Reading, name_examples
@@ -147,6 +149,67 @@ def test_a_bracket_too_many_or_too_few_costs_its_record_alone(
     pairs, reading = _rows(tmp_path / "list.json")
     assert pairs == [(f"http://a/{number}", "c") for number in range(3)]
     assert reading.counts["malformed"] == 1
+
+
+_QUOTE_FAULTS = [
+    '{"url": "http://a/9", "caption": "a 5" nail", "faces": [{"x": 1}, {"y": 2}, {"x": 3}]}',
+    '{"url": "http://a/9", "caption": "c, "faces": [{"x": 1}, {"y": 2}, {"x": 3}]}',
+    '{"url": "http://a/9", "caption": "a 5" nail", "thumbs": [{"url": "t"}, {"url": "s", "n": [1]}, {"url": "r"}]}',
+    '{"url": "http://a/9", "caption": "c, "thumbs": [{"url": "t"}, {"url": "s"}, {"url": "r"}], "caption": "c"}',
+    '{"url": "http://a/9", "caption": "c", "thumbs: [{"url": "t"}, {"url": "s"}, {"url": "r"}]}',
+    '{"url": "http://a/9", "caption": "c", "thumbs": [{"url": "t"}, {"url": s"}, {"url": "r"}], "w": 3}',
+    '{"url": "http://a/9", "tags": ["p", "q], "thumbs": [{"url": "t"}, {"url": "s"}, {"url": "r"}]}',
+]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("record", _QUOTE_FAULTS)
+@pytest.mark.parametrize("block", [1 << 20, 50, 17])
+def test_a_quote_too_many_or_too_few_costs_its_record_alone(
+    record: str, place: int, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.data.json_lists._BLOCK_BYTES", block)
+    lists = {"faces": [{"x": 1}, {"x": 2}], "thumbs": [{"url": "t"}, {"url": "s"}]}
+    texts = [json.dumps({"url": f"http://a/{number}", "caption": "c"} | lists) for number in range(3)]
+    texts.insert(place, record)
+    (tmp_path / "list.json").write_text(f"[{', '.join(texts)}]")
+    pairs, reading = _rows(tmp_path / "list.json")
+    assert pairs == [(f"http://a/{number}", "c") for number in range(3)]
+    reasons = [one.reason for one in reading.examples]
+    assert reasons[0].startswith("not JSON (")
+    assert set(reasons[1:]) <= {"may be a record in one that is not JSON"}
+
+
+def test_records_are_told_apart_by_first_names_with_escapes_too(tmp_path: Path) -> None:
+    texts = [json.dumps({"gr\u00f6\u00dfe": 1, "url": f"http://a/{number}", "caption": "c"}) for number in range(4)]
+    texts[1] = texts[1].replace('"c"', '"a 5" nail"')
+    (tmp_path / "list.json").write_text(f"[{', '.join(texts)}]")
+    pairs, reading = _rows(tmp_path / "list.json")
+    assert pairs == [(f"http://a/{number}", "c") for number in (0, 2, 3)]
+    assert reading.counts["malformed"] == 1
+
+
+def test_one_character_that_is_wrong_seldom_costs_a_list_of_nested_records() -> None:
+    lists = {"tags": ["p", "q"], "faces": [{"x": 1}, {"x": 2}]}
+    texts = [json.dumps({"url": f"http://a/{number}", "caption": "a [1]"} | lists) for number in range(4)]
+    damages = [
+        texts[2][:place] + mark + texts[2][place + replaces :]
+        for place in range(len(texts[2]))
+        for mark in ["", *'"\\}{[],:x']
+        for replaces in (0, 1)
+    ]
+    num_refused = 0
+    for damaged in damages:
+        stream = io.BytesIO(f"[{', '.join([*texts[:2], damaged, texts[3]])}]".encode())
+        reading = Reading(lines=[("list.json", 0)])
+        try:
+            urls = [record.get("url") for _, record in json_records(stream, reading)]
+        except DataError:
+            num_refused += 1
+        else:
+            num_lost = sum(f"http://a/{number}" not in urls for number in (0, 1, 3))
+            assert num_lost < max(1, reading.counts["malformed"]), damaged
+    assert num_refused < 0.05 * len(damages)
 
 
 def test_what_may_be_a_record_in_a_damaged_one_is_counted_too(tmp_path: Path) -> None:
