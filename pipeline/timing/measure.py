@@ -52,7 +52,7 @@ def measure(
     num_threads = torch.get_num_threads()
     try:
         with tempfile.TemporaryDirectory(prefix="unclip-time-") as folder:
-            return _measure(recipe, Rehearsal(recipe, Path(folder), finished), todo, steps, watch)
+            return _measure(recipe, Rehearsal(recipe, Path(folder), finished, watch), todo, steps, watch)
     finally:
         torch.set_num_threads(num_threads)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections import defaultdict
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,13 +21,12 @@ from pipeline.clip.model import describe_clip
 from pipeline.data.download import Downloader, address_rules, read_rows
 from pipeline.data.drawn import EVALUATION, write_evaluation
 from pipeline.data.embed import Embedder
-from pipeline.data.hosts import NO_LEASE, HostLimits
 from pipeline.data.make_pairs import write_pairs
 from pipeline.data.npy_folder import NpyPart, find_parts, import_part
 from pipeline.data.pairs import Pairs
 from pipeline.data.selection import label_file
 from pipeline.data.shard_tables import read_names, read_schema, read_table
-from pipeline.data.shard_writer import ShardFiles, failure_causes
+from pipeline.data.shard_writer import SUCCESS, ShardFiles, failure_causes
 from pipeline.data.sources import Source, source_of
 from pipeline.data.tars import take_in, tar_files
 from pipeline.data.vectors import write_embeddings
@@ -39,14 +37,15 @@ from pipeline.filter.scores import ScoreRules
 from pipeline.networks.clip import clip_folder, save_clip_artifact
 from pipeline.networks.cores import use_cores
 from pipeline.recipe.recipe import Recipe
-from pipeline.recipe.sections import DownloadConfig
 from pipeline.retrieve.build import build_index
 from pipeline.shapes.server import serve_pictures
 from pipeline.timing.clock import Clock
+from pipeline.timing.limited_hosts import LimitedHosts
 from pipeline.timing.trainings import RehearsedTraining
 from pipeline.timing.units import RowUnits, TrainingUnits
 from pipeline.train.assemble import TrainJob
 from pipeline.workspace.manifest import ShardRecord
+from pipeline.workspace.progress import duration
 from pipeline.workspace.store import Artifact, Workspace
 
 NUM_ROWS = 256
@@ -57,6 +56,8 @@ _LEAST_ROWS = 8
 _IMPORTED_ROWS = 1 << 14
 """Rows of embeddings that are taken over for the time: fewer would mostly show how long files take to open."""
 _KINDS = ("img", "text", "metadata")
+_LONG_S = 10.0
+"""A wait of which people hear."""
 _DEADLINE_S = 5.0
 """Of a URL, so that a rehearsal with dead hosts is short; rows that a real run waits longer for count as failed."""
 
@@ -68,9 +69,16 @@ class Rehearsal:
         recipe: The recipe.
         folder: An empty folder.
         finished: Finished artifacts, by step name; they are used in place of rehearsed ones.
+        watch: Called with what takes long.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, finished: Mapping[str, Artifact]) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Path,
+        finished: Mapping[str, Artifact],
+        watch: Callable[[str], None] = lambda _what: None,
+    ) -> None:
         shapes = replace(recipe.pairs.drawn, num_pairs=NUM_ROWS, num_faulty=0, port=_free_port())
         first_list = recipe.pairs.each()[0]
         pairs = replace(first_list, max_pairs=NUM_ROWS, validation_prob=0.5, drawn=shapes)
@@ -82,13 +90,14 @@ class Rehearsal:
         self._workspace = Workspace(str(folder))
         self._finished = {name: artifact for name, artifact in finished.items() if name in recipe.trained()}
         self._folder = folder
+        self._watch = watch
         self._num_embedded = 0
         self.num_read = 0
         """Rows of the source that were read; repeated and damaged ones are no pairs."""
         self.num_pairs = 0
         """Rows of the pairs."""
-        self.num_good = 0
-        """Rows that the download brought."""
+        self.num_good = 0.0
+        """Rows that the download brings, as far as some of them say."""
         self.pass_shares = dict[str, float]()
         """Share of its rows that a filter keeps, by step."""
 
@@ -139,13 +148,17 @@ class Rehearsal:
         config, output = self.recipe.download, self.artifact("download")
         if self.recipe.pairs.source == "shards":
             return self._take_in(output)
-        rows = read_rows(Pairs(self.artifact("pairs")), _SHARD, config)
+        all_rows = read_rows(Pairs(self.artifact("pairs")), _SHARD, config)
+        hosts = LimitedHosts(config, [url or "" for url in all_rows.column("url").to_pylist()])
+        rows = all_rows.take(pa.array(hosts.rows, pa.int64()))
+        if hosts.wait_s >= _LONG_S:
+            rate = config.resources.max_rate_per_host
+            self._watch(f"download of {rows.num_rows} rows: {duration(hosts.wait_s)}, at {rate:g}/s from a host")
         names = [f"{_SHARD}.tar", f"{_SHARD}.parquet", f"{_SHARD}_stats.json"]
         rules = address_rules(self.recipe.pairs, config)
-        requests = _Requests(config)
         with (
             _pictures(self.recipe),
-            Downloader(config, rules, requests) as downloader,
+            Downloader(config, rules, hosts) as downloader,
             contextlib.ExitStack() as stack,
         ):
             files = ShardFiles(*(stack.enter_context(output.write(name)) for name in names))
@@ -158,15 +171,16 @@ class Rehearsal:
             num_late = failure_causes([output.read_json(names[2])])["deadline"]
             busy_s = downloader.busy_s + num_late * self._spared_s
             seconds = max(seconds, busy_s / config.resources.num_connections)
-        self.num_good = counts["ok"]
-        if self.num_good < min(_LEAST_ROWS, self.num_pairs):
+        if counts["ok"] < min(_LEAST_ROWS, counts["in"]):
             raise DataError(
-                f"download: {self.num_good} of {counts['in']} rows came through, too few to measure with; "
+                f"download: {counts['ok']} of {counts['in']} rows came through, too few to measure with; "
                 "look at the list and at the network"
             )
+        statuses = read_table(output.path(names[1]), ["status"]).column("status").to_pylist()
+        self.num_good = hosts.num_good([status == SUCCESS for status in statuses])
         self._commit(output, dict(counts), names)
         row_s = seconds / counts["in"]
-        unshared_s = requests.row_s(counts["in"]) - row_s / config.resources.num_workers
+        unshared_s = hosts.row_s() - row_s / config.resources.num_workers
         return RowUnits(row_s=row_s, unshared_row_s=max(0.0, unshared_s))
 
     @cached_property
@@ -340,39 +354,6 @@ class Rehearsal:
     def _commit(self, output: Artifact, counts: dict[str, int], names: list[str]) -> None:
         files = {name: output.describe(name) for name in names}
         output.commit_shard(ShardRecord(shard=_SHARD, counts=counts, files=files))
-
-
-class _Requests(HostLimits):
-    """The limits of hosts, and the requests to each: more workers do not shorten what a limited host holds up."""
-
-    def __init__(self, config: DownloadConfig) -> None:
-        super().__init__(config.resources.max_per_host, config.resources.max_rate_per_host)
-        self._num_policies = config.robots_txt + config.tdm_reservation
-        self._starts = dict[int, float]()
-        self._times = defaultdict[str, list[float]](list)
-
-    async def start(self, host: str, reservation: int = NO_LEASE) -> int:
-        """See ``HostLimits``."""
-        lease = await super().start(host, reservation)
-        if lease != NO_LEASE:
-            self._starts[lease] = time.monotonic()
-        return lease
-
-    async def release(self, host: str, lease: int) -> None:
-        """See ``HostLimits``."""
-        await super().release(host, lease)
-        if lease in self._starts:
-            self._times[host].append(time.monotonic() - self._starts.pop(lease))
-
-    def row_s(self, num_rows: int) -> float:
-        """Seconds of each row of a list, if the host with the most of ``num_rows`` rows decides; 0 without limits."""
-        return max((self._host_s(times) for times in self._times.values()), default=0.0) / max(1, num_rows - 1)
-
-    def _host_s(self, times: list[float]) -> float:
-        """Seconds that the limits ask for the rows of a host beyond its first, which says nothing of its share."""
-        by_rate_s = 1 / self._max_rate if self._max_rate else 0.0
-        by_count_s = sum(times) / len(times) / self._max_per_host if self._max_per_host else 0.0
-        return max(0, len(times) - self._num_policies - 1) * max(by_rate_s, by_count_s)
 
 
 def _first_rows(part: NpyPart, most: int, folder: Path) -> NpyPart:

@@ -1,6 +1,5 @@
 """The times of data steps are those of the real ones, whatever the rows of a rehearsal are."""
 
-import asyncio
 import io
 import os
 import tarfile
@@ -22,8 +21,6 @@ from pipeline.data.sources import source_of
 from pipeline.data.tars import take_in
 from pipeline.errors import StepError
 from pipeline.recipe.recipe import Recipe, parse_recipe
-from pipeline.recipe.sections import DownloadConfig, DownloadResources
-from pipeline.timing import rehearsal
 from pipeline.timing.companion import companions
 from pipeline.timing.measure import measure
 from pipeline.timing.rehearsal import Rehearsal
@@ -79,6 +76,8 @@ class _Handler(BaseHTTPRequestHandler):
         if "/robots.txt" in self.path or ".well-known" in self.path:
             self.send_error(404)
             return
+        server: Any = self.server
+        server.requests.append(self.path)
         time.sleep(float(self.path.rpartition("-")[2]))
         data = _picture()
         self.send_response(200)
@@ -94,11 +93,21 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 128
 
+    def __init__(self, requests: list[str]) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.requests = requests
+
 
 @pytest.fixture
-def address() -> Generator[str]:
+def requests() -> list[str]:
+    """The pictures that the server is asked for."""
+    return []
+
+
+@pytest.fixture
+def address(requests: list[str]) -> Generator[str]:
     """A server of pictures that come late."""
-    server = _Server(("127.0.0.1", 0), _Handler)
+    server = _Server(requests)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
@@ -168,15 +177,30 @@ def test_more_workers_do_not_shorten_what_a_limited_host_holds_up(
     assert unit.row_s < 24 * row_s / 2  # the waits for turns are no part of it
 
 
-def test_hosts_of_one_row_each_hold_up_nothing() -> None:
-    async def run(requests: Any) -> None:
-        for number in range(20):
-            for _ in range(3):  # its two policies, and its picture
-                await requests.release(f"host-{number}", await requests.start(f"host-{number}"))
+def test_few_rows_of_a_limited_host_are_fetched_and_stand_for_all(
+    address: str, requests: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.timing.limited_hosts._REQUESTS_S", 0.2)
+    urls = [f"{address}/{row}-0" for row in range(64)]
+    limits = {"num_workers": 16, "max_rate_per_host": 100.0}
+    rehearsal = Rehearsal(_list_recipe(tmp_path, urls, 64, **limits), tmp_path / "rehearsal", {})
+    rehearsal.pairs()
+    unit = rehearsal.download()
+    assert len(requests) == 20
+    assert (rehearsal.num_good, rehearsal.num_read) == (64, 64)
+    assert unit.unshared_row_s + unit.row_s / 16 == pytest.approx(max(1 / 100, unit.row_s / 16))
 
-    requests = rehearsal._Requests(DownloadConfig(resources=DownloadResources(max_per_host=1)))
-    asyncio.run(run(requests))
-    assert requests.row_s(20) == 0
+
+def test_a_long_wait_for_a_limited_host_is_said_before(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.timing.rehearsal._LONG_S", 0.05)
+    words = list[str]()
+    recipe = _list_recipe(tmp_path, [f"{address}/{row}-0" for row in range(18)], 4, max_rate_per_host=200.0)
+    rehearsal = Rehearsal(recipe, tmp_path / "rehearsal", {}, words.append)
+    rehearsal.pairs()
+    rehearsal.download()
+    assert words == ["download of 18 rows: 0 s, at 200/s from a host"]
 
 
 def test_repeated_rows_are_no_rows_of_the_next_steps(address: str, tmp_path: Path) -> None:
