@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from pipeline.train.assemble import TrainJob
 
 _ENDED = "a second process, in which training is timed, ended before it {}; is memory short?"
+_MEETING_S = 60.0
+"""How long processes that are ready may take to find one another."""
 _LAST_WORDS_S = 5.0
 """How long after it is missed a process may take to end."""
 
@@ -121,9 +123,13 @@ def _has_lost(children: Sequence[subprocess.Popen[bytes]]) -> bool:
 def _join(job: TrainJob, meeting: str) -> None:
     import torch.distributed
 
+    store = torch.distributed.FileStore(meeting, job.world_size)
+    store.set(f"worker {job.rank}", "is here")
+    # Connections wait for as long as a step may take; one that was lost before is to be missed earlier.
+    store.wait([f"worker {rank}" for rank in range(job.world_size)], timedelta(seconds=_MEETING_S))
     torch.distributed.init_process_group(
         "gloo",
-        f"file://{meeting}",
+        store=torch.distributed.PrefixStore("group", store),
         rank=job.rank,
         world_size=job.world_size,
         timeout=timedelta(seconds=job.section.resources.hang_timeout_s),

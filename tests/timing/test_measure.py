@@ -123,6 +123,17 @@ def test_a_worker_that_is_lost_while_it_is_timed_is_one_message(tmp_path: Path) 
         _train_without_others(job)
 
 
+def test_a_worker_that_is_lost_before_all_have_met_is_missed_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after the time that a step may take."""
+    monkeypatch.setattr("pipeline.timing.companion._MEETING_S", 0.5)
+    monkeypatch.setattr("pipeline.timing.companion._expect", lambda child, _word: child.kill())
+    job = _two_workers(tmp_path)
+    with pytest.raises(StepError, match="ended before it"), training_together(job, 2):
+        pass
+
+
 def test_the_step_of_several_workers_is_that_of_all_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RehearsedTraining, "step_s", lambda training: float(training.job.world_size))
     recipe = _recipe(tmp_path, upsampler_1={"resources": {"num_workers": 2}})
