@@ -8,7 +8,7 @@ import socket
 import threading
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import ray
@@ -18,7 +18,13 @@ from pipeline.recipe.schedule import logical_cpus
 from pipeline.runtime.placement import DISK
 from pipeline.workspace.cache import free_bytes, recipe_variables
 
+PUT_TOKEN = (
+    "put it into ~/.ray/auth_token, or into a file that RAY_AUTH_TOKEN_PATH names; on the head node "
+    "`ray get-auth-token` prints it"
+)
+"""What to do with the token of a cluster."""
 _CONNECT_TIMEOUT_S = 5.0
+_CLUSTER_ID = "/ray.rpc.NodeInfoGcsService/GetClusterId"
 
 
 @contextlib.contextmanager
@@ -44,6 +50,7 @@ def connect(address: str = "") -> Generator[None]:
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     if address:
         _require_listener(address)
+        _send_token_if_asked(address)
     on_termination = signal.getsignal(signal.SIGTERM)
     try:
         if address:
@@ -98,6 +105,33 @@ def _require_listener(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise StepError(f"no Ray cluster at {address}: {error}; start one with `ray start --head`") from None
+
+
+def _send_token_if_asked(address: str) -> None:
+    """Let this process use the token of its home folder with a cluster that asks for one.
+
+    Ray does so by itself only for the address ``auto``. With a cluster that asks for none it must not be used: workers
+    there have no token to call this process with.
+
+    Raises:
+        StepError: If the cluster asks for a token and there is none here.
+    """
+    import grpc
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or "://" in address:
+        return
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            channel.unary_unary(_CLUSTER_ID)(b"", timeout=_CONNECT_TIMEOUT_S)
+        except grpc.RpcError as error:
+            if cast(Any, error).code() is not grpc.StatusCode.UNAUTHENTICATED:
+                return  # ray.init says what is wrong
+        else:
+            return
+    if not maybe_enable_token_auth_if_token_available(warn_if_disabled=False):
+        raise StepError(f"the cluster at {address} asks for its token: {PUT_TOKEN}")
 
 
 def own_servers() -> list[psutil.Process]:

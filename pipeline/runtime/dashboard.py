@@ -12,6 +12,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
 from pipeline.errors import ConfigError, StepError
+from pipeline.runtime.connection import PUT_TOKEN
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _CONNECT_TIMEOUT_S = 5.0
@@ -64,10 +65,7 @@ def dashboard_client(address: str) -> tuple[JobSubmissionClient, str]:
         with _address_is_final():
             return _client(url), url
     except AuthenticationError:
-        raise StepError(
-            f"the cluster at {url} asks for its token: put it into ~/.ray/auth_token, or into a file that "
-            "RAY_AUTH_TOKEN_PATH names; on the head node `ray get-auth-token` prints it"
-        ) from None
+        raise StepError(f"the cluster at {url} asks for its token: {PUT_TOKEN}") from None
     except (ConnectionError, RuntimeError, KeyError, ValueError, requests.exceptions.RequestException) as error:
         raise StepError(f"{no_answer} ({str(error).splitlines()[0]})") from None
 

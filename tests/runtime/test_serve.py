@@ -36,10 +36,11 @@ from pipeline.runtime.draining import finishing
 from pipeline.runtime.front import Front
 from pipeline.runtime.serve import serve_recipe
 from tests.ports import free_port, free_ports
+from tests.ray_head import ray_head
 from tests.readme import python_blocks
 from tests.tiny.cluster import cluster_without_cpus
 from tests.tiny.collector import Collector, collecting
-from tests.tiny.command import is_proposal, start_unclip
+from tests.tiny.command import ROOT, is_proposal, start_unclip, unclip
 from tests.tiny.networks import make_cascade, save_cascade
 from tests.tiny.shards import pixels, plain_picture
 from tests.tiny.workspace import served_workspace
@@ -310,6 +311,37 @@ def test_servers_share_a_cluster_whose_machines_come_later(tmp_path: Path) -> No
     networks = load_cascade(finished_artifacts(recipe, CASCADE_STEPS), "cpu", network_configs(recipe))
     expected = networks.sample(["a red circle"], [7]).images[0].numpy()
     assert np.abs(pixels(base64.b64decode(image["b64_json"])).astype(int) - expected).mean() < 0.1
+
+
+@pytest.mark.slow
+def test_a_cluster_that_wants_its_token_is_served_on_without_a_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As cluster.yaml makes it: the token of the machine is in ``~/.ray/auth_token``."""
+    served_workspace(tmp_path)
+    kept, port = tmp_path / "home" / ".ray" / "auth_token", free_port()
+    kept.parent.mkdir(parents=True)
+    kept.write_text("0123456789abcdef0123456789abcdef")
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+    cluster = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(kept), "PYTHONPATH": str(ROOT)}
+    with ray_head(environment=cluster) as head:
+        command = ("serve", str(tmp_path / "tiny.toml"), "--address", head.address, "--port", str(port))
+        stranger = unclip(*command, environment={"HOME": str(tmp_path)})
+        assert stranger.returncode == 4
+        sentence = f"error: the cluster at {head.address} asks for its token: put it into ~/.ray/auth_token"
+        assert stranger.stdout.startswith(sentence)
+
+        process = start_unclip(*command, environment={"HOME": str(kept.parents[1])})
+        try:
+            assert f"tiny is served at http://127.0.0.1:{port}" in line_of(process)
+            assert ask(f"http://127.0.0.1:{port}", {"prompt": "a red circle"}).status_code == 200
+            process.terminate()
+            process.communicate(timeout=60)
+            assert process.returncode == 0
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def swapped_under_load(process: subprocess.Popen[str], url: str) -> set[int]:
