@@ -6,8 +6,12 @@ depends on what ended it (``restarts.py``). torch and Ray Train are imported onl
 process that waits for it stays small.
 """
 
+import contextlib
 import os
+import signal
+import threading
 import uuid
+from collections.abc import Generator
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -157,7 +161,8 @@ def _fit_many(context: StepContext, resources: TrainResources) -> End:
     )
     machines = living_machines()
     try:
-        trainer.fit()
+        with _own_interrupts():
+            trainer.fit()
     except PreemptionError:
         return End("preempted", "its machine was taken away")
     except (TrainingFailedError, ray.exceptions.RayError) as error:  # the latter if the controller itself is lost
@@ -165,6 +170,17 @@ def _fit_many(context: StepContext, resources: TrainResources) -> End:
         return End(**output.read_json(_END)) if output.exists(_END) else end_of(context, error, machines)
     _raise_reported(context)
     return End(**output.read_json(_END))
+
+
+@contextlib.contextmanager
+def _own_interrupts() -> Generator[None]:
+    """After the block an interrupt does what it did before: Ray Train's handler stays, and asks a dead actor."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)
 
 
 def _callbacks(context: StepContext) -> list[Any]:

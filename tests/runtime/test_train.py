@@ -1,6 +1,7 @@
 """Training steps: through a real Ray, a task for one worker and Ray Train for two; and a CLIP that is taken as it is."""
 
 import contextlib
+import signal
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -58,6 +59,7 @@ def _cpus_taken(*, seconds: float) -> Generator[None]:
 
 @pytest.mark.ray
 def test_fit_trains_on_one_worker_and_on_two(tmp_path: Path) -> None:
+    on_interrupt = signal.getsignal(signal.SIGINT)
     with connect():
         weights: dict[int, dict[str, torch.Tensor]] = {}
         for num_workers in (1, 2):
@@ -82,6 +84,7 @@ def test_fit_trains_on_one_worker_and_on_two(tmp_path: Path) -> None:
         assert {group["strategy"] for group in placement_group_table().values()} == {"STRICT_PACK"}
         # The same samples with the same random numbers, added up in another order.
         assert _gap(weights[1], weights[2]) < 1e-4
+    assert signal.getsignal(signal.SIGINT) is on_interrupt
 
 
 @pytest.mark.ray
