@@ -90,18 +90,22 @@ class Muon(torch.optim.AdamW):
                 self._move(group)
 
     def _move(self, group: dict[str, Any]) -> None:
-        is_bad = torch.zeros(()) if self.found_inf is None else self.found_inf
-        keep = is_bad.to(group["params"][0].device) == 0
+        keep = None  # whether a tensor is to change, on the device
+        if self.found_inf is not None and self.found_inf.device.type == "cpu":
+            if self.found_inf:
+                return
+        elif self.found_inf is not None:
+            keep = self.found_inf == 0
         for (rows, columns), kernels in self._by_shape(group["params"]):
-            momenta = [self._momentum(kernel, keep) for kernel in kernels]
-            if self.shards is None:
-                directions = iter(orthogonal(torch.stack(momenta)))
-            else:
-                directions = self.shards.orthogonal(momenta, rows)
+            ahead = kernels[0].new_empty(len(kernels), kernels[0].shape[0], columns)
+            for kernel, matrix in zip(kernels, ahead, strict=True):
+                self._look_ahead(kernel, _shaped(matrix, kernel), keep)
+            directions = orthogonal(ahead) if self.shards is None else self.shards.orthogonal(list(ahead), rows)
             rate = group["lr"] * _RMS * math.sqrt(max(rows, columns))
             for kernel, direction in zip(kernels, directions, strict=True):
-                update = torch.where(keep, rate * direction, 0.0)
-                kernel.mul_(1 - group["lr"] * group["weight_decay"] * keep).sub_(update.view(kernel.shape))
+                _subtract(
+                    kernel, _shaped(direction.contiguous(), kernel), rate, group["lr"] * group["weight_decay"], keep
+                )
 
     def _by_shape(self, kernels: list[Tensor]) -> Iterator[tuple[tuple[int, int], list[Tensor]]]:
         """Kernels with gradients, those of one shape (M, N) together: their products are then one batch."""
@@ -113,15 +117,37 @@ class Muon(torch.optim.AdamW):
                 shapes.setdefault(shape, []).append(kernel)
         yield from shapes.items()
 
-    def _momentum(self, kernel: Tensor, keep: Tensor) -> Float[Tensor, "M N"]:
-        """Update a kernel's momentum, and look one step ahead (Nesterov)."""
+    def _look_ahead(self, kernel: Tensor, ahead: Tensor, keep: Tensor | None) -> None:
+        """Update a kernel's momentum, and write what it will be one step ahead (Nesterov) into ``ahead``."""
         assert kernel.grad is not None
         state = self.state[kernel]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(kernel)
         momentum: Tensor = state["momentum"]
-        momentum.copy_(torch.where(keep, torch.lerp(kernel.grad, momentum, _MOMENTUM), momentum))
-        return torch.lerp(kernel.grad, momentum, _MOMENTUM).flatten(1)
+        if keep is None:
+            torch.lerp(kernel.grad, momentum, _MOMENTUM, out=momentum)
+        else:
+            momentum.copy_(torch.where(keep, torch.lerp(kernel.grad, momentum, _MOMENTUM), momentum))
+        torch.lerp(kernel.grad, momentum, _MOMENTUM, out=ahead)
+
+
+def _shaped(matrix: Float[Tensor, "M N"], kernel: Tensor) -> Tensor:
+    """A contiguous matrix as a kernel, without a copy: its columns are in the order in which the kernel lies in memory.
+
+    Which order that is changes nothing: the orthogonal matrix of the same columns in another order is the same, in that
+    order.
+    """
+    return matrix.as_strided(kernel.shape, kernel.stride())
+
+
+def _subtract(kernel: Tensor, direction: Tensor, rate: float, decay: float, keep: Tensor | None) -> None:
+    """Let a kernel shrink by ``decay`` and move by ``rate`` against a direction; where ``keep`` is False, neither."""
+    if keep is not None:
+        kernel.mul_(1 - decay * keep).sub_(torch.where(keep, rate * direction, 0.0))
+        return
+    if decay:
+        kernel.mul_(1 - decay)
+    kernel.sub_(direction, alpha=rate)
 
 
 def orthogonal(matrices: Float[Tensor, "G M N"]) -> Float[Tensor, "G M N"]:
@@ -133,8 +159,9 @@ def orthogonal(matrices: Float[Tensor, "G M N"]) -> Float[Tensor, "G M N"]:
     a, b, c = _COEFFICIENTS
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if is_tall else matrices
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
     gram, factor = x @ x.mT, None
+    squared_norm = gram.diagonal(dim1=1, dim2=2).sum(1)[:, None, None].clamp_min(1e-14)
+    gram = gram / squared_norm  # that of x / norm, which is not made: matrices are large, their squares small
     for iteration in range(_NUM_ITERATIONS):
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         polynomial.diagonal(dim1=1, dim2=2).add_(a)
@@ -142,7 +169,7 @@ def orthogonal(matrices: Float[Tensor, "G M N"]) -> Float[Tensor, "G M N"]:
         if iteration + 1 < _NUM_ITERATIONS:
             gram = polynomial @ gram @ polynomial
     assert factor is not None
-    x = factor @ x
+    x = (factor / squared_norm.sqrt()) @ x
     return x.mT if is_tall else x
 
 
