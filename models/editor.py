@@ -330,7 +330,7 @@ class Editor:
             strength: Share of the steps to take, in [0, 1]; if it rounds to no step, the picture itself is returned.
         """
         batch = self._prompted(prompt, seeds)
-        if not round(strength * len(self.timesteps)):
+        if not self.num_steps_of(strength):
             pixels = to_pixels(image.to(self.device)).expand(len(seeds), -1, -1, -1)
             sides = self.cascade.sides_px.items()
             resized = {name: to_uint8(resize_crop(pixels, side)).cpu() for name, side in sides}
@@ -339,6 +339,10 @@ class Editor:
         return self.run(
             self._prompt_walk(), batch.with_values(**{START: start, STRENGTH: share, X_T: self.noise(seeds)})
         )
+
+    def num_steps_of(self, strength: float) -> int:
+        """Steps that ``sdedit`` takes; none: it returns the picture itself."""
+        return round(strength * len(self.timesteps))
 
     # ---- what all edits share ----------------------------------------------------------------
 

@@ -115,6 +115,11 @@ def is_walk(edit: Edit | None) -> bool:
     return isinstance(edit, Way) or (isinstance(edit, Variation) and edit.eta is not None)
 
 
+def is_untouched(edit: Edit | None) -> bool:
+    """Whether a request's own picture is its answer, of which no network has made anything."""
+    return isinstance(edit, StartPicture) and edit.strength == 0
+
+
 @dataclass(frozen=True)
 class SampleRequest:
     """Pictures of one prompt. Values by stage (prior, decoder, upsampler_1 ...) replace that stage's own settings."""

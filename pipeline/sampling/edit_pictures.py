@@ -78,6 +78,8 @@ class Frames:
     """Text under each frame."""
     rows: list[Json]
     """The seed of each frame, and its own values."""
+    are_made: bool = True
+    """Whether networks made them; else they are the picture itself, and their files name no networks."""
 
 
 def edit_recipe(
@@ -144,7 +146,8 @@ def _write(out_dir: Path, edit: str, editor: Editor, sources: Sources, frames: F
             "sampling": {**card.sampling, "decoder": _sampler(editor, row)},
             "edit": made_by,
         }
-        (out_dir / name).write_bytes(with_texts(to_png(picture), texts_of(card, facts)))
+        file = to_png(picture)
+        (out_dir / name).write_bytes(with_texts(file, texts_of(card, facts)) if frames.are_made else file)
         about = {"file": name, "edit": edit, "sources": list(sources.files), "label": frames.label}
         rows.append(about | row | settings)
     (out_dir / EDITS_FILE).write_text("".join(json.dumps(row, sort_keys=True) + "\n" for row in rows), encoding="utf-8")
@@ -235,7 +238,8 @@ def _sdedit(editor: Editor, sources: Sources, options: EditOptions) -> Frames:
     image = sources.square(editor.side_px, editor.device)
     result = editor.sdedit(image, options.prompt, seeds, strength=options.strength)
     rows: list[Json] = [{"seed": seed, "prompt": options.prompt, "strength": options.strength} for seed in seeds]
-    return Frames(result, f"{options.prompt}, strength {options.strength:g}", _seed_tags(seeds), rows)
+    label, are_made = f"{options.prompt}, strength {options.strength:g}", editor.num_steps_of(options.strength) > 0
+    return Frames(result, label, _seed_tags(seeds), rows, are_made=are_made)
 
 
 def _pca_reconstruct(editor: Editor, sources: Sources, options: EditOptions) -> Frames:

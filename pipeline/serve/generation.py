@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from models.request import Edit, Interpolation, PcaReconstruction, TextDiff
+from models.request import Edit, Interpolation, PcaReconstruction, TextDiff, is_untouched
 from pipeline.errors import DataError
 from pipeline.recipe.picture_card import ModelCard, made_with
 from pipeline.serve.deadlines import beside, end_of, until
@@ -202,11 +202,12 @@ class Generation:
         return await self._encode(list(sampled.images), list(self.request.seeds))
 
     async def _encode(self, images: list[Images], seeds: list[int] | list[None]) -> list[bytes]:
-        """Pictures as files; those with a seed say what made them."""
+        """Pictures as files; those with a seed say what made them, unless no network did."""
         quality = 100 if self._body.output_compression is None else self._body.output_compression
 
         def encode(image: Images, seed: int | None) -> bytes:
-            chunks = None if seed is None else made_with(self._card, self.request, seed, self.side_px)
+            is_made = seed is not None and not is_untouched(self.request.edit)
+            chunks = made_with(self._card, self.request, seed, self.side_px) if is_made else None
             signer = self._card.signer
             return encode_picture(image, self.side_px, self._format, quality=quality, made_with=chunks, signer=signer)
 
@@ -256,6 +257,8 @@ class Generation:
         body = self._body
         notes = [f"{name}: has no effect here" for name in _MEANINGLESS if getattr(body, name, None) is not None]
         notes += [*self._notes, *self._cut_notes]
+        if is_untouched(self.request.edit):
+            notes.append("strength: with 0 the picture comes back as it is, and no file says that the model made it")
         if body.output_compression is not None and self._format == "png":
             notes.append("output_compression: has no effect on png, which loses nothing")
         if body.stream and body.response_format == "url":

@@ -92,6 +92,17 @@ def test_every_edit_writes_pictures_grid_and_rows(
         assert {"clip", "prior", "decoder", "upsampler_2"} <= facts["networks"].keys()
 
 
+@pytest.mark.parametrize(("strength", "names"), [(0.0, set()), (0.1, set()), (0.4, {"parameters", "unclip"})])
+def test_a_picture_that_no_step_changed_is_not_said_to_be_made(
+    strength: float, names: set[str], tiny: Recipe, files: list[str], tmp_path: Path
+) -> None:
+    chosen = EditOptions(num_images=1, prompt="a green square", strength=strength)
+    edit_recipe(tiny, "sdedit", files[:1], chosen, QUICK, out_dir=tmp_path)  # of three steps, 0.1 is none
+    with Image.open(tmp_path / "000.png") as image:
+        image.load()
+        assert {"parameters", "unclip"} & image.info.keys() == names
+
+
 def _pixels(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB")).astype(int)

@@ -13,7 +13,8 @@ import numpy as np
 import openai
 import pytest
 import torch
-from PIL import Image
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from PIL import Image, PngImagePlugin
 
 from models.cascade import Cascade
 from models.edit_phases import run_phases
@@ -24,6 +25,7 @@ from models.stage import Z_IMAGE
 from pipeline.errors import ConfigError
 from pipeline.recipe.picture_card import ModelCard
 from pipeline.recipe.plan import finished_artifacts
+from pipeline.recipe.provenance import Signer
 from pipeline.sampling import edit_pictures
 from pipeline.sampling.edit_options import EditOptions
 from pipeline.sampling.edit_pictures import EDITS as COMMANDS
@@ -271,6 +273,30 @@ def test_no_strength_returns_the_picture_itself_as_the_command_does(server: Any,
     [small] = images(post(server, route, picture, prompt=PROMPT, strength="0", size=f"{side}x{side}"))
     assert small.shape == (side, side, 3)
     assert server.engine.counts()["active"] == server.engine.counts()["waiting"] == 0
+
+
+def test_no_strength_gives_a_file_that_names_no_model_and_is_not_signed(server: Any, serving: Any) -> None:
+    card = ModelCard(
+        "tiny", 32, {"decoder": "0" * 16}, {"decoder": "1" * 64}, signer=Signer(Ed25519PrivateKey.generate())
+    )
+    picture, sent = noisy_picture(1), {"prompt": PROMPT, "response_format": "file"} | STEPS
+    with serving(create_app(server.engine, None, ApiSettings(card))) as url:
+        files = [
+            httpx.post(
+                f"{url}/v1/images/sdedits", data=sent | {"strength": strength}, files={"image": picture}, timeout=60
+            )
+            for strength in ("0", "0.5")
+        ]
+    names = [set(png_of(file.content).text) for file in files]
+    assert names == [set(), {"parameters", "unclip", "unclip-signature"}]
+    assert "strength: with 0 the picture comes back as it is" in files[0].headers["X-Unclip-Notes"]
+    np.testing.assert_array_equal(pixels(files[0].content), pixels(picture))
+
+
+def png_of(file: bytes) -> PngImagePlugin.PngImageFile:
+    picture = Image.open(io.BytesIO(file))
+    assert isinstance(picture, PngImagePlugin.PngImageFile)
+    return picture
 
 
 @pytest.mark.parametrize(
