@@ -77,10 +77,11 @@ def _limit(group: Path) -> float:
 
 
 def _used(group: Path) -> int:
-    """Bytes that a group has and that do not give way."""
+    """Bytes that a group has and that do not give way: not the pages of files, however often they were read."""
     text = _text(group / "memory.current") or _text(group / "memory.usage_in_bytes") or "0"
     stat = _counts(group / "memory.stat")
-    return int(text) - stat.get("total_inactive_file", stat.get("inactive_file", 0))
+    pages = (stat.get(f"total_{name}", stat.get(name, 0)) for name in ("inactive_file", "active_file"))
+    return int(text) - sum(pages)
 
 
 def _counts(file: Path) -> dict[str, int]:

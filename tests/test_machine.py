@@ -60,6 +60,16 @@ def test_a_container_of_version_2_has_what_its_group_leaves(groups: Path) -> Non
     assert _usable() == (8, 16, 10, 2)
 
 
+def test_pages_of_files_that_are_read_again_and_again_count_as_free(groups: Path) -> None:
+    """An index or weights that are mapped: version 1 says what is in the groups inside, too."""
+    files: dict[str, object] = {"memory.max": 16 * _GB, "memory.current": 14 * _GB}
+    _write(groups, "0::/\n", files | {"memory.stat": f"inactive_file {_GB}\nactive_file {11 * _GB}"})
+    assert machine.free_memory_bytes() == 14 * _GB
+    of_version_1 = f"active_file 1\ntotal_inactive_file {_GB}\ntotal_active_file {11 * _GB}"
+    _write(groups, "0::/\n", files | {"memory.stat": of_version_1})
+    assert machine.free_memory_bytes() == 14 * _GB
+
+
 def test_a_group_without_limits_has_those_of_the_groups_around_it(groups: Path) -> None:
     unlimited = {"cpu.max": "max 100000", "memory.max": "max", "memory.current": _GB, "memory.events": "oom_kill 1"}
     around = {
