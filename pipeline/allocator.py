@@ -28,6 +28,12 @@ def keep_freed_memory(num_bytes: int) -> None:
         mallopt(_M_TRIM_THRESHOLD, num_bytes)
 
 
+def return_freed_memory() -> None:
+    """Give back to the system what this process has freed and keeps, of all its threads; glibc alone can be asked."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory did not suffice, of a GPU or of the machine: torch has a class of its own for a GPU's alone."""
     import torch

@@ -21,6 +21,7 @@ from models.cascade import Cascade
 from models.request import SampleRequest
 from models.stage import PIXELS, Z_IMAGE, Batch, Stage
 from models.text import TextEncoding
+from pipeline.allocator import return_freed_memory
 from pipeline.clip.frozen import FrozenClip
 from pipeline.errors import StepError
 from pipeline.machine import free_memory_bytes
@@ -56,6 +57,10 @@ class DeviceMemory(Protocol):
 
     def free_bytes(self) -> int:
         """What can be allocated now."""
+        ...
+
+    def make_room(self) -> None:
+        """Give up what is kept for later steps and does not count as free."""
         ...
 
     def measure(self, act: Callable[[], object]) -> tuple[int, int]:
@@ -125,6 +130,9 @@ class GpuMemory:
         allocated = torch.cuda.memory_allocated()
         return min(free + torch.cuda.memory_reserved() - allocated, int(self._share * total) - allocated)
 
+    def make_room(self) -> None:
+        """See ``DeviceMemory``: what the allocator keeps counts as free."""
+
     def measure(self, act: Callable[[], object]) -> tuple[int, int]:
         """See ``DeviceMemory``."""
         with self._quiet.measuring():
@@ -154,7 +162,7 @@ class HostMemory:
     def __init__(self) -> None:
         os.environ.setdefault("KINETO_LOG_LEVEL", _SILENT)
         self._free_bytes = 0
-        self._read_at = float("-inf")
+        self._read_at = self._made_at = float("-inf")
 
     def computing(self) -> AbstractContextManager[None]:
         """See ``DeviceMemory``; others may compute while one measures."""
@@ -166,6 +174,17 @@ class HostMemory:
         if now - self._read_at > _READ_EVERY_S:
             self._free_bytes, self._read_at = free_memory_bytes(), now
         return self._free_bytes
+
+    def make_room(self) -> None:
+        """See ``DeviceMemory``; as often as ``free_bytes`` reads.
+
+        What a step has freed stays with the process, up to 1 GiB (``use_cores``). It is no room for every step: blocks
+        of another size, or of another thread, do not fit.
+        """
+        now = time.monotonic()
+        if now - self._made_at > _READ_EVERY_S:
+            return_freed_memory()
+            self._made_at, self._read_at = now, float("-inf")
 
     def measure(self, act: Callable[[], object]) -> tuple[int, int]:
         """See ``DeviceMemory``."""
@@ -220,11 +239,14 @@ class MemoryLimits:
         self._reserved = self._clip_bytes(cascade.clip) if stages.has_clip else 0
         self._most_free = 0.0
         """The most that was ever free, in bytes: at the start, networks that a swap replaces may be there as well."""
+        self._memory.make_room()
         self._free_bytes()
 
     def fitting(self, number: int, pictures: Sequence[Picture]) -> list[Picture]:
         """Those of ``pictures`` that may take a step together now, at least one: the nearest to their end."""
-        stage, most = self._stages[number], self._line(number).most(self._free_bytes())
+        stage, line = self._stages[number], self._line(number)
+        needed = line.fixed + line.each * sum(_weight(stage, picture.pending.request) for picture in pictures)
+        most = line.most(self._room_for(needed))
         fitting, taken = list[Picture](), 0.0
         for picture in sorted(pictures, key=lambda picture: picture.position, reverse=True):
             taken += _weight(stage, picture.pending.request)
@@ -248,7 +270,8 @@ class MemoryLimits:
         kept = self._kept * sum(
             max((_weight(stage, one) for stage, _ in self._measured), default=0) for one in entering
         )
-        return max(steps, default=0.0) + kept <= self._free_bytes()
+        needed = max(steps, default=0.0) + kept
+        return needed <= self._room_for(needed)
 
     def require_room(self, request: SampleRequest) -> None:
         """Refuse a picture that does not fit alone.
@@ -266,6 +289,14 @@ class MemoryLimits:
 
     def _line(self, number: int) -> _Line:
         return self._lines[self._stages.step_of(number)]
+
+    def _room_for(self, needed: float) -> float:
+        """What is free, in bytes; if ``needed`` is more than that, with what was kept for later steps."""
+        free = self._free_bytes()
+        if needed <= free:
+            return free
+        self._memory.make_room()
+        return self._free_bytes()
 
     def _free_bytes(self) -> float:
         free = _USABLE * self._memory.free_bytes() - self._reserved

@@ -2,6 +2,9 @@
 
 import asyncio
 import math
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +38,8 @@ class Device:
     def __init__(self, room: int, kept: int = 0) -> None:
         self.room = room
         self.kept = kept
+        self.held = 0
+        """Rows for which it has room once it gives up what it keeps for later steps."""
         self.peak = 0
         self.rows: dict[str, int] = {}
         """Most rows of a call, by the class of the network."""
@@ -44,6 +49,9 @@ class Device:
 
     def free_bytes(self) -> int:
         return math.ceil((_FIXED + self.room * _EACH) / 0.9)
+
+    def make_room(self) -> None:
+        self.room, self.held = self.room + self.held, 0
 
     def measure(self, act: Callable[[], object]) -> tuple[int, int]:
         self.peak = 0
@@ -114,6 +122,55 @@ def test_pictures_wait_for_the_memory_that_those_in_progress_keep(
     assert not limits.admits([several, several], [])
     device.room = 2
     assert not limits.admits([usual], [usual] * 3)
+
+
+def test_what_is_kept_for_later_steps_is_given_up_for_a_picture_that_would_have_to_wait(
+    cascade: Cascade, use: Callable[[Device], Device]
+) -> None:
+    use(device := Device(40))
+    limits = MemoryLimits(cascade, ServedStages(cascade, None, "cpu"), device, "cpu")
+    usual = SampleRequest("a", (0,))
+    device.room, device.held = 4, 36
+    assert limits.admits([usual], [usual])
+    assert (device.room, device.held) == (4, 36)  # which fits as it is
+    device.room = 3
+    assert limits.admits([usual], [usual])
+    assert (device.room, device.held) == (39, 0)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="malloc_trim is glibc's")
+def test_a_large_step_leaves_as_much_room_as_there_was() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    command = [sys.executable, "-c", _STEP_OF_600_MB]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    before, after = map(int, done.stdout.split())
+    assert before < 200
+    assert after > 600
+
+
+# The step is of a thread that is not the main one, as an engine's; free is 700 MB, without what the process takes.
+_STEP_OF_600_MB = """
+import threading
+import psutil
+import torch
+from pipeline.networks.cores import use_cores
+from pipeline.serve import memory
+
+def step():
+    blocks = [torch.ones(2 << 20) for _ in range(75)]
+
+use_cores(1)
+process = psutil.Process()
+most = process.memory_info().rss + 700_000_000
+memory.free_memory_bytes = lambda: most - process.memory_info().rss
+thread = threading.Thread(target=step)
+thread.start()
+thread.join()
+host = memory.HostMemory()
+print(host.free_bytes() // 10**6)
+host.make_room()
+print(host.free_bytes() // 10**6)
+"""
 
 
 def test_more_candidates_than_there_is_memory_for_are_refused_before_they_wait(
