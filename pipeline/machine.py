@@ -38,6 +38,14 @@ def free_memory_bytes() -> int:
     return int(max(0, min([psutil.virtual_memory().available, *left])))
 
 
+def own_memory_bytes() -> int:
+    """Memory of this process alone, in bytes: without pages of files, and without what it shares with others."""
+    import psutil
+
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - getattr(memory, "shared", 0))
+
+
 def num_oom_kills() -> int:
     """Processes that the kernel has ended so far because memory ran out; 0 where nobody counts them.
 

@@ -1,5 +1,6 @@
 """CPUs and memory that a process may use: those of its machine, or as much as its control groups leave it."""
 
+import mmap
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -112,3 +113,14 @@ def test_a_process_that_is_bound_to_some_cpus_has_no_others(groups: Path, monkey
     _write(groups, "0::/\n", {"cpu.max": "800000 100000"})
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
     assert machine.num_cpus() == 1
+
+
+def test_a_process_has_what_it_made_and_not_the_pages_of_files_that_it_mapped(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"1" * 64_000_000)
+    before = machine.own_memory_bytes()
+    with (tmp_path / "file").open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        assert mapped.find(b"2") == -1
+        assert machine.own_memory_bytes() < before + 32_000_000
+    block = b"1" * 64_000_000
+    assert machine.own_memory_bytes() > before + 32_000_000
+    del block

@@ -29,7 +29,8 @@ class ServeStageConfig:
     gpus_per_replica: PositiveFloat = 1.0
     """GPUs of each with serve.accelerator = "cuda"; parts that share one have fractions."""
     memory_gb_per_replica: NonNegativeFloat = 0.0
-    """Memory of each that Ray reserves, in GB; 0: none."""
+    """Memory of each that Ray reserves, in GB, and above which one on CPUs takes no second picture into a step; 0:
+    none."""
     label_selector: dict[str, str] = field(default_factory=dict[str, str])
     """Labels of Ray that its machines must have, beside those of serve.label_selector."""
     max_batch_size: int = 0
@@ -106,7 +107,8 @@ class ServeConfig:
     gpus_per_replica: PositiveFloat = 1.0
     """GPUs of each with serve.accelerator = "cuda"; copies that share one have fractions, and as much of its memory."""
     memory_gb_per_replica: NonNegativeFloat = 0.0
-    """Memory of each that Ray reserves, in GB; 0: none."""
+    """Memory of each that Ray reserves, in GB, and above which one on CPUs takes no second picture into a step; 0:
+    none."""
     accelerator: Literal["cpu", "cuda"] = "cpu"
     """Device of each."""
     precision: Precision = "float32"

@@ -1,10 +1,11 @@
 """Loads the networks of a recipe, or of a part of it, into an engine of this process."""
 
+import math
 from functools import partial
 from typing import TYPE_CHECKING
 
 from pipeline.recipe.steps import CASCADE_STEPS
-from pipeline.runtime.parts import NETWORKS, Tables, place_of, read_tables
+from pipeline.runtime.parts import BYTES_PER_GB, NETWORKS, Tables, place_of, read_tables
 
 if TYPE_CHECKING:
     from pipeline.serve.engine import Engine
@@ -34,6 +35,7 @@ def load_engine(tables: Tables, metrics: "EngineMetrics | None" = None) -> "Engi
     recipe, artifacts = read_tables(tables)
     config, part, steps = recipe.serve, tables.get("part", NETWORKS), tables.get("steps")
     place = place_of(config, part)
+    own_bytes = place.memory_gb_per_replica * BYTES_PER_GB or math.inf
     use_cores(place.cpus_per_replica)
     networks = {name: artifact for name, artifact in artifacts.items() if name in CASCADE_STEPS}
     for name in networks.keys() if steps is None else networks.keys() & steps:
@@ -51,7 +53,7 @@ def load_engine(tables: Tables, metrics: "EngineMetrics | None" = None) -> "Engi
         steps=steps,
         device=config.accelerator,
         traces=open_traces(config.traces, config.name or recipe.name, spans),
-        memory=GpuMemory(place.gpus_per_replica) if config.accelerator == "cuda" else HostMemory(),
+        memory=GpuMemory(place.gpus_per_replica) if config.accelerator == "cuda" else HostMemory(own_bytes),
         metrics=metrics,
     )
     if "embed" in artifacts:

@@ -97,6 +97,7 @@ class EngineLoop:
         self._stages = ServedStages(cascade, steps, device)
         self._limits = MemoryLimits(cascade, self._stages, memory, device) if memory else None
         self._computing = memory.computing if memory else nullcontext
+        self._stepping = memory.stepping if memory else nullcontext
         self._schedule = Schedule(len(self._stages), max_batch_size)
         self._joined: list[JoinedChains | None] = [None] * len(self._stages)
         """The chains of each stage that took its last step."""
@@ -180,10 +181,11 @@ class EngineLoop:
                     for picture in self._active:
                         by_stage.setdefault(self._number(picture), []).append(picture)
                     pictures = self._schedule.choose(by_stage)
-                    if self._limits:
-                        pictures = self._limits.fitting(self._number(pictures[0]), pictures)
-                    with self._computing():
-                        self._advance(pictures)
+                    with self._stepping():
+                        if self._limits:
+                            pictures = self._limits.fitting(self._number(pictures[0]), pictures)
+                        with self._computing():
+                            self._advance(pictures)
 
     def _take_waiting(self) -> list[tuple[Pending, int]]:
         """The next requests, each with the number of pictures for which there is room; call with the lock held."""

@@ -6,6 +6,7 @@ time.
 """
 
 import itertools
+import math
 import os
 import threading
 import time
@@ -24,7 +25,7 @@ from models.text import TextEncoding
 from pipeline.allocator import return_freed_memory
 from pipeline.clip.frozen import FrozenClip
 from pipeline.errors import StepError
-from pipeline.machine import free_memory_bytes
+from pipeline.machine import free_memory_bytes, own_memory_bytes
 from pipeline.serve.cost import candidates
 from pipeline.serve.embedder import TEXTS_AT_ONCE
 from pipeline.serve.in_progress import Picture
@@ -53,6 +54,10 @@ class DeviceMemory(Protocol):
 
     def computing(self) -> AbstractContextManager[None]:
         """Held by whoever computes, so that a measurement sees its own memory alone."""
+        ...
+
+    def stepping(self) -> AbstractContextManager[object]:
+        """Held by an engine from asking what is free to the end of the step that takes it."""
         ...
 
     def free_bytes(self) -> int:
@@ -124,6 +129,10 @@ class GpuMemory:
         """See ``DeviceMemory``."""
         return self._quiet.computing()
 
+    def stepping(self) -> AbstractContextManager[object]:
+        """See ``DeviceMemory``: a step for which there is no memory is an error, and tried in halves."""
+        return nullcontext()
+
     def free_bytes(self) -> int:
         """See ``DeviceMemory``."""
         free, total = torch.cuda.mem_get_info()
@@ -153,14 +162,20 @@ class HostMemory:
     """The memory of this machine, within the limits of its container.
 
     What a step takes is counted as torch allocates it, because a process that takes too much is killed and not refused.
+
+    Args:
+        most_bytes: Of this process, which may share the machine with others that see the same free memory.
     """
 
     can_refuse = False
     _profiles = threading.Lock()
     """torch has one profiler; it records the allocations of its own thread alone."""
+    _turns = threading.Lock()
+    """Of all engines of this process, while networks are swapped: each would take all that is free."""
 
-    def __init__(self) -> None:
+    def __init__(self, most_bytes: float = math.inf) -> None:
         os.environ.setdefault("KINETO_LOG_LEVEL", _SILENT)
+        self._most_bytes = most_bytes
         self._free_bytes = 0
         self._read_at = self._made_at = float("-inf")
 
@@ -168,11 +183,16 @@ class HostMemory:
         """See ``DeviceMemory``; others may compute while one measures."""
         return nullcontext()
 
+    def stepping(self) -> AbstractContextManager[object]:
+        """See ``DeviceMemory``."""
+        return self._turns
+
     def free_bytes(self) -> int:
         """See ``DeviceMemory``; read a few times a second, since steps of small networks take no longer than that."""
         now = time.monotonic()
         if now - self._read_at > _READ_EVERY_S:
-            self._free_bytes, self._read_at = free_memory_bytes(), now
+            left = self._most_bytes - own_memory_bytes()
+            self._free_bytes, self._read_at = int(max(0, min(free_memory_bytes(), left))), now
         return self._free_bytes
 
     def make_room(self) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,12 +21,17 @@ from torch import Tensor, nn
 from models.cascade import Cascade
 from models.request import SampleRequest
 from pipeline.errors import StepError
-from pipeline.recipe.recipe import parse_recipe
+from pipeline.recipe.plan import finished_artifacts
+from pipeline.recipe.recipe import load_recipe, parse_recipe
+from pipeline.recipe.steps import CASCADE_STEPS
+from pipeline.runtime.loading import load_engine
+from pipeline.runtime.parts import write_tables
 from pipeline.serve import memory as memory_module
 from pipeline.serve.engine import Engine
 from pipeline.serve.memory import GpuMemory, HostMemory, MemoryLimits, Quiet
 from pipeline.serve.served_stages import ServedStages
 from tests.serve.test_engine import wait_until
+from tests.tiny.networks import make_cascade, save_cascade
 
 _FIXED, _EACH = 1000, 100
 
@@ -45,6 +51,9 @@ class Device:
         """Most rows of a call, by the class of the network."""
 
     def computing(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def stepping(self) -> AbstractContextManager[None]:
         return nullcontext()
 
     def free_bytes(self) -> int:
@@ -315,18 +324,20 @@ def test_memory_of_a_machine_is_counted_by_tensors_without_the_weights() -> None
 def test_a_server_on_cpus_takes_what_fits_into_the_machine(
     cascade: Cascade, make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    free = 1 << 40
+    free, own = 1 << 40, 10**9
     monkeypatch.setattr(memory_module, "free_memory_bytes", lambda: free)
+    monkeypatch.setattr(memory_module, "own_memory_bytes", lambda: own)
     MemoryLimits(cascade, ServedStages(cascade, None, "cpu"), HostMemory(), "cpu")  # the first makes some tables
     limits = MemoryLimits(cascade, ServedStages(cascade, None, "cpu"), HostMemory(), "cpu")
     assert all(line.each > 0 for line in limits._lines.values())
     line = limits._lines["upsampler_1"]
-    free = int((12 * line.each + line.fixed + limits._reserved) / 0.9)
+    little = int((12 * line.each + line.fixed + limits._reserved) / 0.9)
 
     counts, rows = list[int](), list[int]()
     upsampler: Any = cascade.stages[2]
     hook = upsampler.network.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
-    for memory in (None, HostMemory()):
+    for memory, left in ((None, little), (HostMemory(), little), (HostMemory(own + little), free)):
+        free = left
         engine = make_engine(max_batch_size=32, memory=memory)
         rows.clear()
         for future in [engine.submit(SampleRequest("a", (seed,))) for seed in range(32)]:
@@ -334,7 +345,55 @@ def test_a_server_on_cpus_takes_what_fits_into_the_machine(
         counts.append(max(rows))
         assert engine.counts()["failed"] == 0
     hook.remove()
-    assert (counts[0], 1 < counts[1] <= 12) == (32, True)
+    assert counts[0] == 32
+    assert all(1 < count <= 12 for count in counts[1:])
+
+
+def test_a_copy_on_cpus_has_what_its_recipe_gives_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_module, "own_memory_bytes", lambda: 10**9)
+    monkeypatch.setattr(memory_module, "free_memory_bytes", lambda: 10**12)
+    save_cascade(make_cascade(), tmp_path)
+    free = list[int]()
+    for gigabytes in (1.5, 0.5, 0):
+        recipe = load_recipe(tmp_path, [f"serve.memory_gb_per_replica={gigabytes}"])
+        engine = load_engine(write_tables(recipe, finished_artifacts(recipe, CASCADE_STEPS)))
+        engine.close()
+        assert engine._limits is not None
+        free.append(engine._limits._memory.free_bytes())
+    assert free == [5 * 10**8, 0, 10**12]
+
+
+def test_engines_of_a_process_take_their_steps_in_turns_on_cpus(
+    cascade: Cascade, make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each may take all that is free, while a swap has two of them."""
+    monkeypatch.setattr(memory_module, "free_memory_bytes", lambda: 1 << 40)
+    engines = [make_engine(memory=HostMemory()) for _ in range(2)]
+    decoder: Any = cascade.stages[1]
+    together, inside, most = threading.Event(), list[int](), 0
+
+    def come_in(*_: Any) -> None:
+        nonlocal most
+        inside.append(threading.get_ident())
+        most = max(most, len(set(inside)))
+        if most > 1:
+            together.set()
+        elif not waited.is_set():
+            waited.set()
+            together.wait(1)  # long enough for the other engine, if nothing kept it out
+
+    waited = threading.Event()
+    hooks = [
+        decoder.network.register_forward_pre_hook(come_in),
+        decoder.network.register_forward_hook(lambda *_: inside.remove(threading.get_ident())),
+    ]
+    try:
+        for future in [engine.submit(SampleRequest("a", (0,))) for engine in engines]:
+            future.result(60)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert (waited.is_set(), most) == (True, 1)
 
 
 def test_more_pictures_are_not_measured_where_they_would_end_the_process(
