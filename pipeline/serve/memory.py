@@ -324,10 +324,13 @@ class MemoryLimits:
         return free
 
     def _measure(self, stage: Stage, cascade: Cascade, device: torch.device | str) -> None:
-        usual, peaks = getattr(stage, "num_candidates", 1), dict[float, int]()
+        usual = getattr(stage, "num_candidates", 1)
+        peaks, keeps = dict[float, int](), dict[float, float]()
         # A picture with one candidate is a part of one with as many as usual.
         sizes = {1 / usual: (1, 1)} | {float(count): (count, usual) for count in _COUNTS}
-        for size, (count, num_candidates) in sizes.items():
+        # The first one is measured twice: what a stage makes once, such as its tables, is no part of a step.
+        for size in (min(sizes), *sizes):
+            count, num_candidates = sizes[size]
             request = SampleRequest("", tuple(range(count)), num_candidates=num_candidates)
             if count > 1 and not self._memory.can_refuse and count * peaks[1.0] > _USABLE * self._memory.free_bytes():
                 break
@@ -342,7 +345,8 @@ class MemoryLimits:
                         "of its part, such as serve.decoder.gpus_per_replica)"
                     ) from None
                 break
-            self._kept = max(self._kept, kept / count)
+            keeps[size] = kept / count
+        self._kept = max(self._kept, *keeps.values())
         (first, peak), (last, highest) = min(peaks.items()), max(peaks.items())
         each = max(0.0, (highest - peak) / (last - first)) if last > first else peak
         line = self._lines[self._stages.step_of(self._stages.number(stage))] = _Line(peak - each * first, each)

@@ -116,6 +116,23 @@ def test_measured_pictures_have_guidance_and_more_candidates_count_as_more(
     assert lines == {"prior": (1000, 400), "decoder": (1000, 200), "upsampler_1": (1000, 100)}
 
 
+def test_what_a_network_makes_once_is_no_part_of_its_steps(
+    cascade: Cascade, use: Callable[[Device], Device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, first = use(Device(40, kept=500)), list[bool]()
+    measure = device.measure
+
+    def measure_cold(act: Callable[[], object]) -> tuple[int, int]:
+        peak, kept = measure(act)
+        first.append(not first)
+        return peak + 300 * first[-1], kept + 300 * first[-1]
+
+    monkeypatch.setattr(device, "measure", measure_cold)
+    limits = MemoryLimits(cascade, ServedStages(cascade, ["upsampler_1"], "cpu"), device, "cpu")
+    line = limits._lines["upsampler_1"]
+    assert (line.fixed, line.each, limits._kept) == (1000, 100, 500)
+
+
 def test_pictures_wait_for_the_memory_that_those_in_progress_keep(
     cascade: Cascade, use: Callable[[Device], Device]
 ) -> None:
@@ -327,7 +344,6 @@ def test_a_server_on_cpus_takes_what_fits_into_the_machine(
     free, own = 1 << 40, 10**9
     monkeypatch.setattr(memory_module, "free_memory_bytes", lambda: free)
     monkeypatch.setattr(memory_module, "own_memory_bytes", lambda: own)
-    MemoryLimits(cascade, ServedStages(cascade, None, "cpu"), HostMemory(), "cpu")  # the first makes some tables
     limits = MemoryLimits(cascade, ServedStages(cascade, None, "cpu"), HostMemory(), "cpu")
     assert all(line.each > 0 for line in limits._lines.values())
     line = limits._lines["upsampler_1"]
