@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from models.request import Edit, Interpolation, PcaReconstruction, TextDiff, is_untouched
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StepError
 from pipeline.recipe.picture_card import ModelCard, made_with
 from pipeline.serve.deadlines import beside, end_of, until
 from pipeline.serve.images import PictureOptions, check_options, note_of_cut, sample_request, side_of
@@ -228,7 +228,7 @@ class Generation:
         try:
             with span("neighbours", pictures=len(sampled.images)):
                 neighbours, limit = await until(self._ends_s, search())
-        except (NotServing, DataError, OSError) as error:  # pictures without them are better than none
+        except (NotServing, DataError, StepError, OSError) as error:  # pictures without them are better than none
             _log.warning("pictures are sent without their neighbours: %s", error)
             self._notes.append("neighbours: the index of the training pictures does not answer")
             return [{}] * len(sampled.images)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, StepError
 from pipeline.pictures import decode
 from pipeline.retrieve.copies import near_copy_similarity
 from pipeline.retrieve.index import Neighbour
@@ -118,12 +118,12 @@ class LocalNeighbours:
         return self._retriever.index.rows(ids).to_pylist()
 
     def _picture(self, neighbour: Neighbour, check: Callable[[], None]) -> bytes | None:
-        """The stored picture as a JPEG file; None if it cannot be read."""
+        """The stored picture as a JPEG file; None if it cannot be read, or its store does not answer now."""
         check()
         try:
             data = self._retriever.picture(neighbour)
             image = None if data.startswith(_JPEG) else decode(data, where=f"row {neighbour.id}")
-        except DataError as error:
+        except (DataError, StepError) as error:
             _log.warning("no picture for row %d: %s", neighbour.id, error)
             return None
         if image is None:

@@ -13,9 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StepError
 from pipeline.recipe.picture_card import ModelCard
 from pipeline.recipe.plan import artifact_of, make_plan
+from pipeline.retrieve.index import Neighbour
+from pipeline.retrieve.retriever import Retriever
 from pipeline.serve import local_neighbours
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.local_neighbours import LocalNeighbours
@@ -64,7 +66,10 @@ def test_a_near_copy_is_above_the_limit_and_of_a_training_row(
     assert completed["neighbours"] == again
 
 
-@pytest.mark.parametrize("error", [NotServing("no replica is ready"), DataError("index: damaged"), OSError("gone")])
+@pytest.mark.parametrize(
+    "error",
+    [NotServing("no replica is ready"), DataError("index: damaged"), StepError("s3: no answer"), OSError("gone")],
+)
 def test_pictures_are_sent_although_their_neighbours_cannot_be_found(
     server: Any, neighbours: LocalNeighbours, serving: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
@@ -122,3 +127,22 @@ def test_searches_are_timed_as_the_server_times_them(neighbours: LocalNeighbours
     width = asyncio.run(timed.embed_dim())
     asyncio.run(timed.search(np.eye(width, dtype=np.float32)[:2], 1, "image"))
     assert metrics.registry.get_sample_value("unclip_neighbours_seconds_count") == 1
+
+
+@pytest.mark.parametrize("error", [DataError("no such sample"), StepError("the store does not answer")])
+def test_a_picture_that_cannot_be_read_is_missing_alone(
+    neighbours: LocalNeighbours, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    own = LocalNeighbours(Retriever(neighbours._retriever.index))
+    read, vectors = own._retriever.picture, np.eye(16, dtype=np.float32)[:1]
+    [whole] = asyncio.run(own.search(vectors, 3, "image", num_pictures=3))
+
+    def picture(neighbour: Neighbour) -> bytes:
+        if neighbour.id == whole[1].id:
+            raise error
+        return read(neighbour)
+
+    monkeypatch.setattr(own._retriever, "picture", picture)
+    [rows] = asyncio.run(own.search(vectors, 3, "image", num_pictures=3))
+    assert [row.id for row in rows] == [row.id for row in whole]
+    assert [row.picture is None for row in rows] == [False, True, False]
