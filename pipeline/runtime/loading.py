@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from pipeline.serve.engine import Engine
     from pipeline.serve.metrics import EngineMetrics
 
+_PCA_ROWS = 1_000_000
+"""Training embeddings of which the principal components are: more change them little, and are read for an hour."""
+
 
 def load_engine(tables: Tables, metrics: "EngineMetrics | None" = None) -> "Engine":
     """The networks of a recipe, with checksums compared, and the engine that samples them.
@@ -57,5 +60,5 @@ def load_engine(tables: Tables, metrics: "EngineMetrics | None" = None) -> "Engi
         metrics=metrics,
     )
     if "embed" in artifacts:
-        engine.use_components(partial(training_pca, artifacts["embed"]))
+        engine.use_components(partial(training_pca, artifacts["embed"], most_rows=_PCA_ROWS))
     return engine

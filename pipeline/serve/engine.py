@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from models.cascade import Cascade
-from models.pca import Pca
 from models.request import SampleRequest
 from pipeline.clip.frozen import FrozenClip
 from pipeline.serve.deadlines import end_of
-from pipeline.serve.embedder import Embedder
+from pipeline.serve.embedder import Embedder, FitPca
 from pipeline.serve.engine_loop import EngineLoop
 from pipeline.serve.estimate import PartLoad, estimate_s
 from pipeline.serve.in_progress import Pending
@@ -175,7 +174,12 @@ class Engine(EngineLoop):
         """See ``PictureModel``."""
         return await self._embedder.image(image)
 
-    def use_components(self, fit_pca: Callable[[], Pca]) -> None:
+    def close(self) -> None:
+        """See ``EngineLoop``; a search for principal components ends, too."""
+        super().close()
+        self._embedder.close()
+
+    def use_components(self, fit_pca: FitPca) -> None:
         """Let ``reduce_image`` call ``fit_pca``, once, for the principal components of the training embeddings."""
         self._embedder.fit_pca = fit_pca
 

@@ -12,7 +12,7 @@ from PIL import Image
 from models.cascade import Cascade
 from models.editor import Editor, EditSettings
 from models.pca import PcaSums
-from pipeline.data.vectors import read_vectors
+from pipeline.data.vectors import read_vectors, to_unit
 from pipeline.errors import ConfigError
 from pipeline.pictures import read_file
 from pipeline.recipe.plan import artifact_of, make_plan
@@ -25,6 +25,7 @@ from pipeline.sampling.sample import sample_recipe
 from pipeline.shapes.draw import draw_array
 from pipeline.shapes.scene import training_scene
 from pipeline.workspace.store import Artifact, Workspace
+from tests.tiny.shards import make_embeddings
 from tests.tiny.workspace import evaluated_tables
 
 QUICK = EditSettings(num_steps=3, num_refinements=1)
@@ -155,6 +156,19 @@ def test_components_are_those_of_the_training_embeddings(tiny: Recipe) -> None:
     rows = torch.from_numpy(vectors.z_image[train].astype(np.float32))
     sums.update(torch.nn.functional.normalize(rows, dim=1))
     torch.testing.assert_close(training_pca(embed).variance, sums.pca().variance)
+
+
+def test_components_of_much_data_are_of_shards_from_all_of_it(tmp_path: Path) -> None:
+    embed, read = Artifact(str(tmp_path)), list[None]()
+    vectors = np.random.default_rng(0).normal(size=(100, 16)).astype(np.float32)
+    make_embeddings(embed, vectors, vectors, 10, held_out_every=5)
+    pca = training_pca(embed, lambda: read.append(None), most_rows=35)
+    sums = PcaSums(16)
+    for start in (0, 30, 60):
+        rows = vectors[[start + number for number in range(10) if number % 5]]
+        sums.update(torch.from_numpy(to_unit(rows.astype(np.float16))))
+    torch.testing.assert_close(pca.variance, sums.pca().variance)
+    assert len(read) == 3
 
 
 def _embed(recipe: Recipe) -> Artifact:

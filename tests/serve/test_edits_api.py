@@ -5,6 +5,12 @@ import base64
 import inspect
 import io
 import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +28,7 @@ from models.editor import Editor, EditSettings
 from models.pca import Pca
 from models.request import EditError, SampleRequest, StartPicture, Variation
 from models.stage import Z_IMAGE
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError, StepError
 from pipeline.recipe.picture_card import ModelCard
 from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.provenance import Signer
@@ -30,9 +36,13 @@ from pipeline.sampling import edit_pictures
 from pipeline.sampling.edit_options import EditOptions
 from pipeline.sampling.edit_pictures import EDITS as COMMANDS
 from pipeline.sampling.edit_pictures import Sources
+from pipeline.serve import embedder as embedder_module
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.edits import EDITS
 from pipeline.serve.embedder import Embedder
+from pipeline.serve.engine import Engine
+from pipeline.serve.protocols import NotServing
+from tests.tiny.command import ROOT
 from tests.tiny.pictures import almost_equal, noisy_picture, png, raw, tensor
 from tests.tiny.shards import pixels, plain_picture
 
@@ -178,7 +188,7 @@ def test_pca_reconstructions_are_those_of_the_command(
         torch.zeros(16, dtype=torch.float64), basis, torch.ones(16), 16.0
     )  # its own embeddings are nearly their mean
     monkeypatch.setattr(edit_pictures, "training_pca", lambda _: pca)
-    monkeypatch.setattr(server.engine._embedder, "fit_pca", lambda: pca)
+    monkeypatch.setattr(server.engine._embedder, "fit_pca", lambda _: pca)
     monkeypatch.setattr(server.engine._embedder, "_fitting", None)
     sources = Sources(("a.png",), (Image.fromarray(pixels(picture)),), embed)
     frames = COMMANDS["pca-reconstruct"](editor, sources, EditOptions(seed=5, components=(1, 4)))
@@ -204,23 +214,29 @@ def test_pca_reconstructions_stream_with_previews_and_say_what_they_are(server: 
     assert (facts["sampling"]["decoder"]["method"], facts["seed"]) == ("ddim", 5)
 
 
-def test_principal_components_are_found_once_and_again_after_an_error(
-    server: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "error", [ConfigError("too few training embeddings"), DataError("00001.parquet: damaged; fetch it again")]
+)
+def test_principal_components_are_found_once_and_a_while_after_an_error_again(
+    server: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     embedder, calls = Embedder(server.cascade.clip), list[None]()
     image, fit = pixels(noisy_picture(1)).copy(), server.engine._embedder.fit_pca
 
-    def fit_pca() -> Pca:
+    def fit_pca(check: Callable[[], None]) -> Pca:
         calls.append(None)
         if len(calls) == 1:
-            raise ConfigError("too few training embeddings")
-        return fit()
+            raise error
+        return fit(check)
 
     with pytest.raises(EditError, match="without their training embeddings"):
         asyncio.run(embedder.reduce_image(image, [1]))
     embedder.fit_pca = fit_pca
-    with pytest.raises(EditError, match="too few training embeddings"):
-        asyncio.run(embedder.reduce_image(image, [1]))
+    for _ in range(2):
+        with pytest.raises(EditError, match=f"no principal components: {error}"):
+            asyncio.run(embedder.reduce_image(image, [1]))
+    assert len(calls) == 1
+    monkeypatch.setattr(embedder_module, "_AGAIN_AFTER_S", 0.0)
 
     async def several() -> list[Any]:
         return await asyncio.gather(*(embedder.reduce_image(image, [count]) for count in (1, 2, 16)))
@@ -230,6 +246,74 @@ def test_principal_components_are_found_once_and_again_after_an_error(
     assert [components for components, _ in answers] == [(1, 16), (2, 16), (16, 16)]
     np.testing.assert_allclose(np.linalg.norm(answers[0][1], axis=1), 1, atol=1e-5)
     np.testing.assert_allclose(answers[2][1][0], answers[2][1][1], atol=1e-5)
+
+
+def test_a_store_that_does_not_answer_for_a_moment_is_asked_again_at_once(server: Any) -> None:
+    embedder, fit = Embedder(server.cascade.clip), server.engine._embedder.fit_pca
+    image, answers = pixels(noisy_picture(1)).copy(), iter([False, True])
+
+    def fit_pca(check: Callable[[], None]) -> Pca:
+        if not next(answers):
+            raise StepError("s3: no answer")
+        return fit(check)
+
+    embedder.fit_pca = fit_pca
+    with pytest.raises(StepError, match="no answer"):
+        asyncio.run(embedder.reduce_image(image, [1]))
+    components, _ = asyncio.run(embedder.reduce_image(image, [1]))
+    assert components == (1, 16)
+
+
+def test_a_search_for_components_ends_with_its_engine(make_engine: Callable[..., Engine]) -> None:
+    engine, image, begun = make_engine(), pixels(noisy_picture(1)).copy(), threading.Event()
+
+    def fit_pca(check: Callable[[], None]) -> Pca:
+        begun.set()
+        while True:
+            check()
+            time.sleep(0.01)
+
+    async def ask() -> None:
+        asked = asyncio.create_task(engine.reduce_image(image, [1]))
+        await asyncio.to_thread(begun.wait)
+        await asyncio.to_thread(engine.close)
+        with pytest.raises(NotServing):
+            await asked
+
+    engine.use_components(fit_pca)
+    asyncio.run(ask())
+    assert not [thread for thread in threading.enumerate() if thread.name == "unclip-pca"]
+
+
+_ENDS_WITH_A_SEARCH = """
+import asyncio, threading
+import numpy as np
+from pipeline.serve import embedder
+from pipeline.serve.engine import Engine
+from tests.tiny.networks import make_cascade
+
+embedder._END_WAIT_S, begun = 0.0, threading.Event()
+
+def fit_pca(_):
+    begun.set()
+    threading.Event().wait()  # a store that is silent
+
+async def ask():
+    asked = asyncio.create_task(engine.reduce_image(np.zeros((32, 32, 3), np.uint8), [1]))
+    await asyncio.to_thread(begun.wait)
+    asked.cancel()
+
+engine = Engine(make_cascade())
+engine.use_components(fit_pca)
+asyncio.run(ask())
+engine.close()
+"""
+
+
+def test_the_end_of_a_process_waits_for_no_search_for_components() -> None:
+    command, environment = [sys.executable, "-c", _ENDS_WITH_A_SEARCH], os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=50)
+    assert done.returncode == 0, done.stderr
 
 
 def test_networks_without_training_embeddings_have_no_principal_components(server: Any, serving: Any) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from pipeline.data import shards
 from pipeline.data.make_pairs import write_pairs
@@ -32,6 +33,7 @@ from pipeline.recipe.sections import IndexConfig
 from pipeline.retrieve.build import build_index
 from pipeline.retrieve.index import Neighbour
 from pipeline.retrieve.retriever import Retriever
+from pipeline.sampling.edit_pictures import training_pca
 from pipeline.serve.local_neighbours import LocalNeighbours
 from pipeline.workspace.forgotten import Forgotten, Rewrite
 from pipeline.workspace.manifest import Manifest, ShardRecord
@@ -112,6 +114,21 @@ def test_pictures_of_neighbours_cost_a_request_each_and_not_their_tars(
         assert _of(requests, ".tar") == kinds
         assert sum(one.num_bytes for one in requests if "download" in one.name) < 0.1 * tar_bytes
     assert not [one for one in requests if one.name.endswith(".parquet") and "download" in one.name]
+
+
+def test_principal_components_cost_the_embeddings_of_the_pictures_alone(
+    bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    here, far = Artifact(str(tmp_path / "embed")), Artifact(f"{bucket}/embed/e")
+    vectors = np.random.default_rng(0).normal(size=(2000, 512)).astype(np.float32)
+    for artifact in (here, far):
+        make_embeddings(artifact, vectors, vectors, 1000, held_out_every=10)
+    _elsewhere(monkeypatch, tmp_path)
+    s3_server.counted()
+    of_store = training_pca(far)
+    num_bytes = sum(one.num_bytes for one in s3_server.counted() if one.name.endswith(".parquet"))
+    assert 2 * vectors.size < num_bytes < 3 * vectors.size  # one of two columns of half precision
+    torch.testing.assert_close(of_store.variance, training_pca(here).variance)
 
 
 def test_pictures_of_a_search_are_fetched_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
