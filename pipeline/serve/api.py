@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 
+from models.request import PcaReconstruction
 from pipeline.recipe.picture_card import ModelCard
 from pipeline.serve.api_page import api_page
 from pipeline.serve.deadlines import end_of, left_of, until
@@ -31,9 +32,9 @@ from pipeline.serve.document import ERRORS, IN_TIME, PICTURES, form_body, json_b
 from pipeline.serve.edits import EDITS, EditKind, edit_of, with_embeddings
 from pipeline.serve.embeddings import EmbeddingRequest, embed
 from pipeline.serve.generation import NOTES_HEADER, Generation
-from pipeline.serve.guards import client_of
+from pipeline.serve.guards import client_of, note_pixels
 from pipeline.serve.held import HeldBodies, HeldPictures, end_body
-from pipeline.serve.images import GenerationRequest, PictureOptions, check_options, require_model
+from pipeline.serve.images import GenerationRequest, PictureOptions, check_options, require_model, side_of
 from pipeline.serve.knn import find, metadata
 from pipeline.serve.knn_bodies import MAX_NUMBERS, KnnRequest, MetadataRequest
 from pipeline.serve.metrics import CONTENT_TYPE, HttpMetrics
@@ -174,7 +175,8 @@ def _openai(model: PictureModel, neighbours: Neighbours | None, settings: ApiSet
             hold, client = held.hold_edit(edit), client_of(request)
             del form  # its files are not needed any more, and pictures take long
             end_body(request)
-            if kind.reads_embeddings:
+            if isinstance(edit, PcaReconstruction):
+                note_pixels((len(edit.components) + 1) * side_of(body.size, settings.card.image_px) ** 2)
                 edit = await while_connected(request, until(ends_s, with_embeddings(edit, model)))
             body = body.model_copy(update={"timeout": left_of(ends_s) or None})
             generation = Generation(

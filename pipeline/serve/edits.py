@@ -192,21 +192,20 @@ def _pca_reconstruction(body: PcaReconstructionRequest, form: Form, _: int) -> t
     return PcaReconstruction(raw_picture(form.files["image"][0], "image"), body.counts), []
 
 
-async def with_embeddings(edit: Edit, model: PictureModel) -> Edit:
-    """An edit as it is; a reconstruction from principal components with the embeddings of its frames.
+async def with_embeddings(edit: PcaReconstruction, model: PictureModel) -> PcaReconstruction:
+    """A reconstruction with the embeddings of its frames, in place of its picture's levels.
 
     Raises:
         ApiError: 400, if there are not so many components.
     """
-    if not isinstance(edit, PcaReconstruction):
-        return edit
     picture = edit.picture
     image = np.frombuffer(bytearray(picture.levels), np.uint8).reshape(picture.height, picture.width, 3)
     try:
         components, z_image = await model.reduce_image(image, edit.components)
     except ValueError as error:
         raise ApiError(400, str(error), param="components", code="invalid_value") from None
-    return replace(edit, components=components, z_image=z_image.astype(np.float32).tobytes())
+    picture = replace(picture, levels=b"")
+    return replace(edit, picture=picture, components=components, z_image=z_image.astype(np.float32).tobytes())
 
 
 def _evenly(last: float, count: int) -> tuple[float, ...]:

@@ -3,7 +3,7 @@
 import asyncio
 import importlib
 import logging
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
@@ -24,6 +24,7 @@ from pipeline.serve.protocols import (
     Preview,
     SampledPictures,
     TooLittleTime,
+    Vectors,
 )
 from pipeline.serve.web import ApiError
 
@@ -109,6 +110,13 @@ class GuardedModel:
                     yield event
         finally:
             await events.aclose()
+
+    async def reduce_image(self, image: Images, components: Sequence[int]) -> tuple[tuple[int, ...], Vectors]:
+        """See ``PictureModel``; a key that has not the pixels of its request has no embeddings read for it."""
+        facts = CURRENT.get()
+        if facts and facts.key:
+            refuse_above(self._meter, facts.key, "pixels", facts.pixels, facts)
+        return await self._model.reduce_image(image, components)
 
     async def _admit(self, request: SampleRequest) -> RequestFacts:
         facts = CURRENT.get() or RequestFacts("")

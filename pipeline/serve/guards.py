@@ -261,6 +261,13 @@ def client_of(request: Request) -> str:
     return request.client.host if request.client else ""
 
 
+def note_pixels(count: int) -> None:
+    """Note of the request that is answered now how many pixels it asks for at least."""
+    facts = CURRENT.get()
+    if facts:
+        facts.pixels = count
+
+
 def refuse_above(meter: Meter, key: Key, unit: Any, amount: float, facts: RequestFacts) -> None:
     """Refuse what is above a limit of a key.
 

@@ -23,7 +23,7 @@ from pipeline.serve.guards import Guards, GuardSettings
 from pipeline.serve.keys import Key, KeyRing, Meter, add_key, read_keys, revoke_key
 from pipeline.serve.protocols import Accepted, Images, NotServing, Overloaded, Preview, SampledPictures
 from tests.tiny.command import unclip_here
-from tests.tiny.shards import pixels
+from tests.tiny.shards import pixels, plain_picture
 
 Serving = Callable[[Any], AbstractContextManager[str]]
 
@@ -51,10 +51,11 @@ def guarded(
     keys: Path | None = None,
     hook: Any = None,
     model: Any = None,
+    index: Any = None,
 ) -> Guards:
     meter = Meter(clock=lambda: 0.0)
     behind: Any = GuardedModel(model or WhiteModel(), 16, meter, hook)  # pyright: ignore[reportArgumentType]
-    app = create_app(behind, None, ApiSettings(ModelCard("tiny", 16)))
+    app = create_app(behind, index, ApiSettings(ModelCard("tiny", 16)))
     return Guards(app, settings, KeyRing(keys) if keys else None, meter)
 
 
@@ -201,6 +202,35 @@ def test_a_key_pays_no_pixels_for_pictures_that_are_refused(keys: Path, stream: 
     key = add_key(keys, "alice", pixels=16 * 16)
     app = guarded(keys=keys, model=RefusingModel())
     assert [ask(app, key, stream=stream).status_code for _ in range(5)] == [400, 503, 429, 200, 429]
+
+
+class ReducingModel(WhiteModel):
+    """Networks with the training embeddings, which notes what it is asked for."""
+
+    def __init__(self) -> None:
+        self.reduced = list[Sequence[int]]()
+        self.edits = list[Any]()
+
+    async def reduce_image(self, _image: Any, components: Sequence[int]) -> tuple[tuple[int, ...], Any]:
+        self.reduced.append(components)
+        return (*components, 16), np.eye(16)[: len(components) + 1]
+
+    async def sample(self, request: SampleRequest, _client: str = "") -> SampledPictures:
+        self.edits.append(request.edit)
+        return await super().sample(request)
+
+
+def test_a_key_without_the_pixels_has_no_embeddings_read_for_it(keys: Path) -> None:
+    key, model = add_key(keys, "alice", pixels=4 * 16 * 16), ReducingModel()
+    client, files = client_of(guarded(keys=keys, model=model, index=Mock()), key), {"image": plain_picture("red")}
+    answers = [
+        client.post("/v1/images/pca-reconstructions", data={"components": counts}, files=files)
+        for counts in ("2,3", "5")
+    ]
+    assert [answer.status_code for answer in answers] == [200, 429]
+    assert model.reduced == [(2, 3)]
+    [edit] = model.edits
+    assert (edit.picture.levels, len(edit.picture.sha256), edit.components) == (b"", 64, (2, 3, 16))
 
 
 def test_shares_are_of_checked_keys_and_else_of_addresses(keys: Path) -> None:
