@@ -88,7 +88,9 @@ def model_card(recipe: Recipe, artifacts: dict[str, Artifact]) -> ModelCard:
     )
 
 
-def made_with(card: ModelCard, request: SampleRequest, seed: int, side_px: int) -> dict[str, str]:
+def made_with(
+    card: ModelCard, request: SampleRequest, seed: int, side_px: int, frame: Mapping[str, Any] | None = None
+) -> dict[str, str]:
     """The text chunks of the PNG of a request; see ``texts_of``.
 
     Args:
@@ -96,6 +98,7 @@ def made_with(card: ModelCard, request: SampleRequest, seed: int, side_px: int) 
         request: The request.
         seed: Of this picture.
         side_px: Side of the file's picture, in pixels.
+        frame: Its place among the frames of an edit, which all have the same seed.
     """
     usual = dict(card.sampling)
     if is_walk(request.edit) and "decoder" in usual:
@@ -124,6 +127,7 @@ def made_with(card: ModelCard, request: SampleRequest, seed: int, side_px: int) 
         "sampling": sampling,
         **({"num_candidates": request.num_candidates} if request.num_candidates else {}),
         **({"edit": _edit_facts(request.edit)} if request.edit else {}),
+        **({"frame": dict(frame)} if frame else {}),
     }
     return texts_of(card, facts)
 

@@ -205,15 +205,15 @@ class Generation:
         """Pictures as files; those with a seed say what made them, unless no network did."""
         quality = 100 if self._body.output_compression is None else self._body.output_compression
 
-        def encode(image: Images, seed: int | None) -> bytes:
+        def encode(index: int, image: Images, seed: int | None) -> bytes:
             is_made = seed is not None and not is_untouched(self.request.edit)
-            chunks = made_with(self._card, self.request, seed, self.side_px) if is_made else None
+            texts = made_with(self._card, self.request, seed, self.side_px, self._frame(index)) if is_made else None
             signer = self._card.signer
-            return encode_picture(image, self.side_px, self._format, quality=quality, made_with=chunks, signer=signer)
+            return encode_picture(image, self.side_px, self._format, quality=quality, made_with=texts, signer=signer)
 
         pairs = list(zip(images, seeds, strict=True))
         with span("encode", pictures=len(pairs)), self._encoding():
-            return await asyncio.to_thread(lambda: [encode(image, seed) for image, seed in pairs])
+            return await asyncio.to_thread(lambda: [encode(index, *pair) for index, pair in enumerate(pairs)])
 
     async def _neighbours(self, sampled: SampledPictures) -> list[dict[str, Any]]:
         """What is said of the training pictures nearest to each picture; nothing unless it is requested."""
@@ -236,17 +236,19 @@ class Generation:
 
     def _about(self, index: int) -> dict[str, Any]:
         """What is said of one picture: its seed, and its place among the frames of an edit."""
-        about: dict[str, Any] = {"seed": self.request.seeds[index]}
+        return {"seed": self.request.seeds[index], **self._frame(index)}
+
+    def _frame(self, index: int) -> dict[str, Any]:
+        """The place of one picture among the frames of an edit."""
         match self.request.edit:
             case Interpolation(_, shares):
-                about["share"] = shares[index]
+                return {"share": shares[index]}
             case TextDiff(_, _, _, thetas):
-                about["theta"] = thetas[index]
+                return {"theta": thetas[index]}
             case PcaReconstruction(_, components):
-                about["components"] = components[index]
+                return {"components": components[index]}
             case _:
-                pass
-        return about
+                return {}
 
     @property
     def _format(self) -> Format:

@@ -207,8 +207,9 @@ def test_pca_reconstructions_stream_with_previews_and_say_what_they_are(server: 
     events = [json.loads(line[6:]) for line in stream.text.splitlines() if line.startswith("data: ")]
     assert [event["type"] for event in events] == ["image_edit.partial_image"] * 2 + ["image_edit.completed"] * 2
     assert [event["components"] for event in events[2:]] == [2, 16]
-    with Image.open(io.BytesIO(base64.b64decode(events[-1]["b64_json"]))) as picture:
-        facts = json.loads(picture.text["unclip"])
+    frames = [json.loads(png_of(base64.b64decode(event["b64_json"])).text["unclip"]) for event in events[2:]]
+    assert [facts["frame"] for facts in frames] == [{"components": 2}, {"components": 16}]
+    facts = frames[-1]
     assert facts["edit"].pop("sources")
     assert facts["edit"] == {"kind": "pcareconstruction", "components": [2, 16]}
     assert (facts["sampling"]["decoder"]["method"], facts["seed"]) == ("ddim", 5)
