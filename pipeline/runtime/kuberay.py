@@ -8,6 +8,7 @@ import copy
 import json
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,19 @@ import yaml
 
 from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import Recipe, to_dict
-from pipeline.recipe.serve_sections import ServeGatewayConfig, ServeStageConfig
+from pipeline.recipe.serve_sections import ServeConfig, ServeGatewayConfig, ServeStageConfig
 from pipeline.runtime.draining import Announce
 from pipeline.runtime.environment import runtime_environment
 from pipeline.runtime.jobs import entrypoint, job_name
-from pipeline.runtime.parts import needs_of_replica, parts_of, place_of
+from pipeline.runtime.parts import NETWORKS, needs_of_replica, parts_of, place_of
 from pipeline.runtime.placement import ROLE
 from pipeline.runtime.serve_file import HTTP, serve_file
 from pipeline.runtime.served import server_name
 from pipeline.serve.http_server import is_loopback
 
 CLUSTER_FILE, _SERVICE_FILE = "deploy/kuberay/raycluster.yaml", "deploy/kuberay/rayservice.yaml"
+PART = "unclip-part"
+"""Label of a machine that says which part of a server it is for."""
 SECRET = "unclip-job"
 """Kubernetes' secret with the values of ``job.secrets``, by the names of the variables."""
 _MOST_NAME = 47  # KubeRay's names of pods have no room for more
@@ -92,8 +95,8 @@ def ray_service(recipe: Recipe, image: str, announce: Announce) -> str:
         announce: As for ``serve_file``.
 
     Raises:
-        ConfigError: As ``ray_job`` and ``serve_file``, if the server would listen on its own machine alone, or if a
-            part may run on machines of several labels.
+        ConfigError: As ``ray_job`` and ``serve_file``, if the server would listen on its own machine alone, if a part
+            may run on machines of several labels, or if the HTTP processes ask for more of the head than a place.
     """
     _require_bucket(recipe)
     if is_loopback(recipe.serve.host):
@@ -109,8 +112,13 @@ def ray_service(recipe: Recipe, image: str, announce: Announce) -> str:
     gateway, head = recipe.serve.gateway, cluster["headGroupSpec"]["labels"]
     has_own = gateway.cpus_per_replica or gateway.memory_gb_per_replica or gateway.label_selector.items() - head.items()
     if has_own:  # by a label, because Ray counts the head's memory as free
+        if gateway.label_selector.get(ROLE) == head[ROLE]:
+            raise ConfigError(
+                f"--manifest: serve.gateway.label_selector has {ROLE} = {head[ROLE]}, whose size the recipe does not "
+                "say; leave this label out, and there is a machine for what serve.gateway asks for"
+            )
         gateway = replace(gateway, label_selector={ROLE: HTTP, **gateway.label_selector})
-        recipe = replace(recipe, serve=replace(recipe.serve, gateway=gateway))
+    recipe = replace(recipe, serve=_apart(replace(recipe.serve, gateway=gateway), parts_of(recipe)))
     spec["serveConfigV2"] = serve_file(recipe, announce)
     [group] = cluster["workerGroupSpecs"]
     cluster["workerGroupSpecs"] = [
@@ -120,6 +128,16 @@ def ray_service(recipe: Recipe, image: str, announce: Announce) -> str:
     if has_own:
         cluster["workerGroupSpecs"].append(_group(HTTP, gateway, {**group, "labels": {}}, image))
     return yaml.safe_dump(manifest, sort_keys=False)
+
+
+def _apart(config: ServeConfig, parts: Iterable[str]) -> ServeConfig:
+    """Each part with a label of its own: by CPUs and memory alone, it may fit another part's machine as well."""
+    if config.mode != "chain":
+        return replace(config, label_selector={PART: NETWORKS, **config.label_selector})
+    places: dict[str, ServeStageConfig] = {part: getattr(config, part) for part in parts}
+    for part, place in places.items():
+        config = replace(config, **{part: replace(place, label_selector={PART: part, **place.label_selector})})
+    return config
 
 
 def _name(text: str) -> str:
@@ -134,14 +152,15 @@ def _group(
     image: str,
     gpus_per_replica: float = 0.0,
 ) -> dict[str, Any]:
-    """Machines of which each takes one replica of a part."""
+    """Machines of which each has room for one replica of a part."""
     for name, value in place.label_selector.items():
         if value.startswith(("!", "in(")):
             raise ConfigError(
                 f"--manifest: the label_selector of {part} has {name} = {value}, but there is one kind of machine for "
                 "each part; name its label"
             )
-    own_gb, cpus = math.ceil(place.memory_gb_per_replica), math.ceil(place.cpus_per_replica) + _RAY_CPUS
+    own_gb, own_cpus = math.ceil(place.memory_gb_per_replica), math.ceil(place.cpus_per_replica)
+    cpus = own_cpus + _RAY_CPUS
     memory = f"{own_gb + _GB_PER_CPU if own_gb else _GB_PER_CPU * cpus}G"
     gpus = {"nvidia.com/gpu": str(math.ceil(gpus_per_replica))} if gpus_per_replica else {}
     group = copy.deepcopy(group)
@@ -151,6 +170,8 @@ def _group(
         "requests": {"cpu": str(cpus), "memory": memory},
         "limits": {"memory": memory, **gpus},
     }
+    if own_cpus:  # Ray would count its own as free, and place two replicas of one CPU
+        group["rayStartParams"]["num-cpus"] = str(own_cpus)
     return {
         **group,
         "groupName": part.replace("_", "-"),

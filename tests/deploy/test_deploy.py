@@ -23,7 +23,8 @@ from ray.serve.schema import ServeDeploySchema
 
 from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import parse_recipe
-from pipeline.runtime.kuberay import CLUSTER_FILE, ray_service
+from pipeline.runtime.kuberay import CLUSTER_FILE, PART, ray_service
+from pipeline.runtime.parts import networks_options, parts_of
 from pipeline.runtime.placement import ROLE
 from pipeline.runtime.serve_file import PROXY_ENVIRONMENT, application
 from tests.tiny.command import ROOT, unclip_here
@@ -106,7 +107,7 @@ def test_serve_prints_a_rayservice_with_machines_for_each_part_of_a_chain(monkey
     groups = {group["groupName"]: group for group in service["spec"]["rayClusterConfig"]["workerGroupSpecs"]}
     assert groups.keys() == {"prior", "decoder", *(name.replace("_", "-") for name in recipe.upsamplers())}
     assert (groups["decoder"]["maxReplicas"], groups["prior"]["maxReplicas"]) == (3, 1)
-    assert groups["decoder"]["labels"] == {ROLE: "serve", "gpu": "h100"}
+    assert groups["decoder"]["labels"] == {ROLE: "serve", PART: "decoder", "gpu": "h100"}
     [container] = groups["decoder"]["template"]["spec"]["containers"]
     assert container["image"] == "host/unclip:gpu"
     assert container["resources"]["limits"] == {"memory": "10G", "nvidia.com/gpu": "1"}
@@ -138,7 +139,7 @@ def test_a_rayservice_has_machines_for_what_its_http_processes_ask_for(
     _validate(service)
     placed = file.call_args.args[0].serve.gateway
     first, *others = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
-    assert (first["groupName"], first["labels"]) == ("networks", {ROLE: "serve"})
+    assert (first["groupName"], first["labels"]) == ("networks", {ROLE: "serve", PART: "networks"})
     sizes: list[Any] = []
     for group in others:
         [container] = group["template"]["spec"]["containers"]
@@ -148,6 +149,45 @@ def test_a_rayservice_has_machines_for_what_its_http_processes_ask_for(
         assert placed.label_selector == group["labels"]
         sizes.append((requests["memory"], requests["cpu"], group["labels"], group["maxReplicas"]))
     assert sizes == ([] if expected is None else [expected])
+
+
+@pytest.mark.parametrize(
+    "serve",
+    [
+        {"memory_gb_per_replica": 3, "label_selector": {"zone": "a"}},
+        {"mode": "chain", "neighbours": {"memory_gb_per_replica": 3}, "decoder": {"label_selector": {"zone": "a"}}},
+    ],
+)
+def test_each_part_of_a_rayservice_has_machines_on_which_no_other_fits(
+    serve: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway = {"memory_gb_per_replica": 12}
+    recipe = parse_recipe(
+        {"workspace": "s3://b/w", "serve": {"host": "0.0.0.0", "keys": "keys.json", "gateway": gateway, **serve}}
+    )
+    file = Mock(return_value="applications: []\n")
+    monkeypatch.setattr("pipeline.runtime.kuberay.serve_file", file)
+    service = yaml.safe_load(ray_service(recipe, "host/unclip", pytest.fail))
+    placed = file.call_args.args[0].serve
+    selectors = {
+        part: networks_options(placed, part)["ray_actor_options"]["label_selector"] for part in parts_of(recipe)
+    }
+    selectors["http"] = placed.gateway.label_selector
+    groups = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    for part, selector in selectors.items():
+        [group] = [group for group in groups if selector.items() <= group["labels"].items()]
+        assert group["groupName"] == part.replace("_", "-")
+        # One replica of a CPU, and one CPU for Ray itself.
+        cpus = group["template"]["spec"]["containers"][0]["resources"]["requests"]["cpu"]
+        assert (cpus, group["rayStartParams"].get("num-cpus")) == (("1", None) if part == "http" else ("2", "1"))
+
+
+@pytest.mark.parametrize("gateway", [{"memory_gb_per_replica": 12}, {"label_selector": {"tier": "front"}}])
+def test_http_processes_that_need_a_machine_of_their_own_are_not_put_on_the_head(gateway: dict[str, Any]) -> None:
+    gateway = {**gateway, "label_selector": {ROLE: "head", **gateway.get("label_selector", {})}}
+    serve = {"host": "0.0.0.0", "keys": "keys.json", "gateway": gateway}
+    with pytest.raises(ConfigError, match=r"serve\.gateway\.label_selector has unclip-role = head, whose size"):
+        ray_service(parse_recipe({"workspace": "s3://b/w", "serve": serve}), "host/unclip", pytest.fail)
 
 
 @pytest.mark.parametrize("value", ["in(H100,H200)", "!T4", "!in(T4,L4)"])
