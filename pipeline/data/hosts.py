@@ -58,13 +58,20 @@ class _Host:
     """When each slot is free at the latest, on the monotonic clock; also those that are reserved."""
     reserved: int = NO_LEASE
     """The newest reservation."""
-    next_start: float = 0.0
-    """Earliest start of the next request, on the monotonic clock."""
+    rate_until: float = 0.0
+    """Until when the rate lets no request start, on the monotonic clock."""
+    pause_until: float = 0.0
+    """Until when the host asks for none."""
     waiting: int = 0
     is_listed: bool = False
     """Whether it is among those that are to be forgotten at a time."""
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def next_start(self) -> float:
+        """Earliest start of the next request, on the monotonic clock."""
+        return max(self.rate_until, self.pause_until)
 
 
 class HostLimits:
@@ -98,7 +105,7 @@ class HostLimits:
                 now, interval_s = time.monotonic(), 1 / self._max_rate
                 # What waited for a connection after its turn delays the next one by no more than it has to.
                 since = max(state.next_start, now - interval_s) if is_reserved else now
-                state.next_start = since + interval_s
+                state.rate_until = since + interval_s
         state.changed.set()
         self._forget(host, state)
         return lease
@@ -111,7 +118,7 @@ class HostLimits:
         try:
             async with state.turn:
                 while wait_s := self._wait_s(state):
-                    if state.next_start - time.monotonic() > patience_s:
+                    if state.pause_until - time.monotonic() > patience_s:
                         return NO_LEASE
                     state.changed.clear()
                     with contextlib.suppress(TimeoutError):
@@ -133,7 +140,7 @@ class HostLimits:
     async def pause(self, host: str, seconds: float) -> None:
         """See ``Limits``; not for longer than ``LONGEST_PAUSE_S``."""
         state = self._hosts.setdefault(host, _Host())
-        state.next_start = max(state.next_start, time.monotonic() + min(seconds, LONGEST_PAUSE_S))
+        state.pause_until = max(state.pause_until, time.monotonic() + min(seconds, LONGEST_PAUSE_S))
         state.changed.set()
         self._forget(host, state)
 

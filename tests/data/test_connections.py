@@ -241,3 +241,16 @@ def test_an_error_of_a_host_is_remembered_from_its_end_on(monkeypatch: pytest.Mo
 
     asyncio.run(run())
     assert asked == ["a"]
+
+
+def test_a_rate_slower_than_the_deadline_is_no_pause_that_the_host_asks_for() -> None:
+    async def run() -> None:
+        limits = HostLimits(max_rate=0.1)
+        assert await limits.start("a") != NO_LEASE
+        turn = asyncio.create_task(limits.reserve("a", 1))
+        await asyncio.sleep(0.05)
+        assert not turn.done()
+        await limits.pause("a", 60)
+        assert await turn == NO_LEASE
+
+    asyncio.run(run())
