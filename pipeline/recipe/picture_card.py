@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from typing import Any
 
-from models.request import WALK_STEPS, Edit, RawMask, RawPicture, SampleRequest, is_walk
+from models.request import WALK_STEPS, Edit, Inpainting, RawMask, RawPicture, SampleRequest, is_walk
 from pipeline.recipe.lineage import exported_weights, weights_of
 from pipeline.recipe.plan import recipe_key
-from pipeline.recipe.provenance import C2PA, Signer
+from pipeline.recipe.provenance import C2PA, C2PA_EDITED, Signer
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.workspace.store import Artifact
@@ -128,6 +128,7 @@ def made_with(
         **({"num_candidates": request.num_candidates} if request.num_candidates else {}),
         **({"edit": _edit_facts(request.edit)} if request.edit else {}),
         **({"frame": dict(frame)} if frame else {}),
+        **(C2PA_EDITED if isinstance(request.edit, Inpainting) else {}),
     }
     return texts_of(card, facts)
 

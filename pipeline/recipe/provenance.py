@@ -26,7 +26,16 @@ C2PA = {
         }
     ]
 }
-"""What every picture's text says in C2PA's words."""
+"""What every picture's text says in C2PA's words, unless it is one of ``C2PA_EDITED``."""
+C2PA_EDITED = {
+    "actions": [
+        {
+            "action": "c2pa.edited",
+            "digitalSourceType": "http://cv.iptc.org/newscodes/digitalsourcetype/compositeWithTrainedAlgorithmicMedia",
+        }
+    ]
+}
+"""The same of a picture of which only a part was made: the rest is somebody's own."""
 
 
 @dataclass(frozen=True)

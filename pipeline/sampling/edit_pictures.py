@@ -29,6 +29,7 @@ from pipeline.pictures import read_file, square, to_png, with_texts
 from pipeline.recipe.garbage import in_use_of
 from pipeline.recipe.picture_card import ModelCard, model_card, texts_of
 from pipeline.recipe.plan import artifact_of, finished_artifacts, make_plan
+from pipeline.recipe.provenance import C2PA_EDITED
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.sampling.edit_options import EditOptions, shown_components
@@ -43,6 +44,8 @@ Json = dict[str, Any]
 Pixels = NDArray[np.uint8]
 
 EDITS_FILE = "edits.jsonl"
+_OF_A_PART = ("inpaint", "outpaint")
+"""Edits that leave a part of the picture as it is."""
 _CELL_PX = (128, 256)
 _COLUMNS = 10
 """Most pictures side by side in the grid."""
@@ -146,6 +149,7 @@ def _write(out_dir: Path, edit: str, editor: Editor, sources: Sources, frames: F
             "side_px": editor.side_px,
             "sampling": {**card.sampling, "decoder": _sampler(editor, row)},
             "edit": made_by,
+            **(C2PA_EDITED if edit in _OF_A_PART else {}),
         }
         file = to_png(picture)
         (out_dir / name).write_bytes(with_texts(file, texts_of(card, facts)) if frames.are_made else file)

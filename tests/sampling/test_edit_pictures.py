@@ -91,6 +91,7 @@ def test_every_edit_writes_pictures_grid_and_rows(
         assert f"Steps: 3, Sampler: ddim, CFG scale: {scale}, Seed: {row['seed']}, Size: 32x32, " in parameters[1]
         assert ("Denoising strength: 0.6, " in parameters[1]) == (edit == "sdedit")
         assert {"clip", "prior", "decoder", "upsampler_2"} <= facts["networks"].keys()
+        assert facts["actions"][0]["action"] == ("c2pa.edited" if "paint" in edit else "c2pa.created")
 
 
 @pytest.mark.parametrize(("strength", "names"), [(0.0, set()), (0.1, set()), (0.4, {"parameters", "unclip"})])

@@ -347,6 +347,15 @@ def test_png_says_which_file_was_edited_and_how(server: Any) -> None:
         assert "Steps: 3, Sampler: ddim, CFG scale: 1.0" in picture.text["parameters"]
 
 
+def test_png_of_a_picture_with_a_mask_says_that_a_part_is_somebodys_own(server: Any) -> None:
+    kinds = list[str]()
+    for mask in (right_half(), None):
+        answer = post(server, "edits", noisy_picture(1), mask=mask, prompt=PROMPT, response_format="file")
+        [action] = json.loads(png_of(answer.content).text["unclip"])["actions"]
+        kinds.append(f"{action['action']} {action['digitalSourceType'].rpartition('/')[2]}")
+    assert kinds == ["c2pa.edited compositeWithTrainedAlgorithmicMedia", "c2pa.created trainedAlgorithmicMedia"]
+
+
 @pytest.mark.parametrize("route", ["edits", "sdedits"])
 def test_no_strength_returns_the_picture_itself_as_the_command_does(server: Any, editor: Editor, route: str) -> None:
     picture = noisy_picture(1)
