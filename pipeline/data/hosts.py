@@ -16,6 +16,9 @@ from typing import Protocol
 
 NO_LEASE = 0
 """Returned in place of a lease if the host asks to wait for too long."""
+RESERVATION_S = 5.0
+"""Longest time between ``reserve`` and ``start``. What a lost worker had asked for is reserved all the same, one after
+the other: each holds the host up for so long."""
 LONGEST_PAUSE_S = 3600.0
 """Of what a host asks for: one answer of a host that many pictures share must not end them all for the whole run."""
 
@@ -24,7 +27,8 @@ class Limits(Protocol):
     """Where a request waits for its turn.
 
     A request starts in the moment of its lease. What is to be waited for besides (a connection) is waited for between
-    ``reserve`` and ``start``: of leases that wait, many requests would start together.
+    ``reserve`` and ``start``: of leases that wait, many requests would start together. If that takes longer than
+    ``RESERVATION_S``, the turn is another's.
     """
 
     async def start(self, host: str, reservation: int = NO_LEASE) -> int:
@@ -40,7 +44,10 @@ class Limits(Protocol):
         ...
 
     async def reserve(self, host: str, patience_s: float) -> int:
-        """Wait for the host's turn and keep it; ``NO_LEASE`` if the host's pause is longer than ``patience_s``."""
+        """Wait for the host's turn and keep it for ``RESERVATION_S``.
+
+        ``NO_LEASE`` if the host's pause is longer than ``patience_s``.
+        """
         ...
 
     async def release(self, host: str, lease: int) -> None:
@@ -80,8 +87,7 @@ class HostLimits:
     Args:
         max_per_host: Most requests to one host at once; 0: no limit.
         max_rate: Most requests to one host, per second; 0: no limit.
-        lease_s: Longest time of a request, and of a reservation, in seconds: the slot of a worker that is lost is free
-            after it.
+        lease_s: Longest time of a request, in seconds: the slot of a worker that is lost is free after it.
     """
 
     def __init__(self, max_per_host: int = 0, max_rate: float = 0.0, *, lease_s: float = 3600.0) -> None:
@@ -100,7 +106,7 @@ class HostLimits:
         is_reserved = state.leases.pop(reservation, None) is not None
         lease = NO_LEASE
         if (is_reserved or not state.waiting) and not self._wait_s(state):
-            lease = self._lease(state)
+            lease = self._lease(state, self._lease_s)
             if self._max_rate:
                 now, interval_s = time.monotonic(), 1 / self._max_rate
                 # What waited for a connection after its turn delays the next one by no more than it has to.
@@ -123,7 +129,7 @@ class HostLimits:
                     state.changed.clear()
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(state.changed.wait(), wait_s)
-                state.reserved = self._lease(state)
+                state.reserved = self._lease(state, RESERVATION_S)
                 return state.reserved
         finally:
             state.waiting -= 1
@@ -144,16 +150,15 @@ class HostLimits:
         state.changed.set()
         self._forget(host, state)
 
-    def _lease(self, state: _Host) -> int:
+    def _lease(self, state: _Host, seconds: float) -> int:
         lease = next(self._numbers)
-        state.leases[lease] = time.monotonic() + self._lease_s
+        state.leases[lease] = time.monotonic() + seconds
         return lease
 
     def _wait_s(self, state: _Host) -> float:
         """Seconds until the next request may start, if nothing changes before; 0: now."""
         now = time.monotonic()
-        while state.leases and next(iter(state.leases.values())) <= now:  # the oldest ends first
-            del state.leases[next(iter(state.leases))]
+        state.leases = {lease: end for lease, end in state.leases.items() if end > now}
         if self._max_per_host and len(state.leases) >= self._max_per_host:
             return min(state.leases.values()) - now
         if self._max_rate and state.reserved in state.leases:  # the next one comes a while after this one has started

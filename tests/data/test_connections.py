@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data import resolver
+from pipeline.data import hosts, resolver
 from pipeline.data.causes import FetchError
 from pipeline.data.clocks import Clock
 from pipeline.data.connections import Connections
@@ -106,6 +106,24 @@ def test_a_turn_that_is_kept_delays_the_next_one_and_a_pause_takes_it_back() -> 
     asyncio.run(run())
 
 
+@pytest.mark.parametrize(("max_per_host", "rate"), [(1, 0.0), (0, 20.0)])
+def test_what_a_lost_worker_had_asked_for_holds_a_host_up_for_a_moment(
+    max_per_host: int, rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosts, "RESERVATION_S", 0.05)
+
+    async def run() -> None:
+        limits = HostLimits(max_per_host, rate, lease_s=90)
+        lost = [asyncio.create_task(limits.reserve("a", 1)) for _ in range(3)]
+        await asyncio.sleep(0)
+        async with asyncio.timeout(20):
+            reservation = await limits.reserve("a", 1)
+        assert all(one.done() for one in lost)
+        assert await limits.start("a", reservation) != NO_LEASE
+
+    asyncio.run(run())
+
+
 class _NotedLimits(HostLimits):
     """Notes turns and requests."""
 
@@ -150,6 +168,27 @@ def test_no_request_starts_at_its_hosts_turn_without_a_connection(hostile: Hosti
             assert await row == "ok"
             await other
             assert (limits.num_started, limits._hosts) == (2, {})
+
+    asyncio.run(run())
+
+
+def test_a_row_whose_turn_is_over_waits_for_another_one(
+    hostile: HostileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosts, "RESERVATION_S", 0.1)
+
+    async def run() -> None:
+        limits, connections, ends = _NotedLimits(1), Connections(1), asyncio.Event()
+        async with asyncio.timeout(20), _row_at_its_turn(hostile.url, limits, connections, ends) as (row, other):
+            lease = await limits.start("127.0.0.1", await limits.reserve("127.0.0.1", 1))
+            limits.is_asked = False
+            ends.set()
+            await _until(lambda: limits.is_asked)
+            assert limits.num_started == 2
+            await limits.release("127.0.0.1", lease)
+            assert await row == "ok"
+            await other
+            assert (limits.num_started, limits._hosts) == (3, {})
 
     asyncio.run(run())
 
