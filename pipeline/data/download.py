@@ -31,7 +31,6 @@ from pipeline.data.mends import repair_hint
 from pipeline.data.pairs import Pairs
 from pipeline.data.resize import Boxes, StoredPicture, read_boxes
 from pipeline.data.rows import numbered_names, require_columns
-from pipeline.data.shard_tables import PLACE_FIELDS
 from pipeline.data.shard_writer import (
     FAILED_TO_DOWNLOAD,
     FAILED_TO_RESIZE,
@@ -47,7 +46,7 @@ from pipeline.data.shard_writer import (
     write_shard,
 )
 from pipeline.data.urls import AddressRules
-from pipeline.errors import ConfigError, DataError, UnclipError
+from pipeline.errors import DataError, UnclipError
 from pipeline.pictures import PictureError
 from pipeline.recipe.pairs_sections import PairsConfig
 from pipeline.recipe.sections import DownloadConfig
@@ -62,7 +61,6 @@ OnProgress = Callable[[int, Counter[str]], None]
 
 SHARD_DIGITS = 5
 _PASSED_THROUGH = ("uid", "split")
-_RESERVED = frozenset({"caption", "url", "md5", "sha256", "sha512"} | dict([*RESULT_FIELDS, *PLACE_FIELDS]).keys())
 _MEMORY_BYTES = 64 << 20
 """Part of a shard's stored pictures that stays in memory until they are written."""
 _PROGRESS_S = 2.0
@@ -97,16 +95,11 @@ class ShardSpan:
 
 
 def check_columns(config: DownloadConfig, columns: list[str], where: str) -> None:
-    """Refuse columns that the pairs do not have, and extra columns that the shards have already.
+    """Refuse columns that the pairs do not have.
 
     Raises:
-        ConfigError: If a shard has a column of this name.
         DataError: If the pairs do not have a column.
     """
-    conflicts = sorted(_RESERVED & set(config.extra_columns))
-    if conflicts:
-        names = ", ".join(conflicts)
-        raise ConfigError(f"download.extra_columns: every shard has its own {names}; rename or leave out")
     require_columns(
         columns, [*_PASSED_THROUGH, "url", "caption", *config.extra_columns, *_read_only(config)], where=where
     )

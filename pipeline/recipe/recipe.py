@@ -27,6 +27,7 @@ from pipeline.recipe.job_sections import JobConfig
 from pipeline.recipe.pairs_sections import PairsConfig
 from pipeline.recipe.sections import (
     FILTER_COLUMNS,
+    SHARD_COLUMNS,
     DownloadConfig,
     DownloadResources,
     EmbedConfig,
@@ -131,8 +132,21 @@ class Recipe:
             )
         if self.pairs.weights and self.embed.import_from:
             raise ValueError("pairs.lists have weights, but the rows of embed.import_from are of no list")
+        self._require_other_columns()
         self._require_filter_columns()
         self._require_noisy_clip()
+
+    def _require_other_columns(self) -> None:
+        """Check that no column of the list has the name of one that the shards have: none could hold both."""
+        download = self.download
+        columns = {"extra_columns": download.extra_columns}
+        if self.pairs.source == "shards":  # all that is read of them is kept
+            columns |= {"blur_column": (download.blur_column,), "hash_column": (download.hash_column,)}
+        for name, chosen in columns.items():
+            if conflicts := sorted(SHARD_COLUMNS & {*chosen}):
+                raise ValueError(
+                    f"download.{name}: every shard has its own {', '.join(conflicts)}; rename or leave out"
+                )
 
     def _require_filter_columns(self) -> None:
         """Check that the columns that the filter reads reach the shards: it would notice after the whole download."""

@@ -36,6 +36,12 @@ FILTER_COLUMNS = {
 }
 """For fields of ``[filter]`` that read a column of the list, its names in LAION-400M and LAION-5B, DataComp and
 COYO-700M; the first one that a shard has is read."""
+SHARD_COLUMNS = frozenset(
+    {"url", "caption", "key", "status", "error_message", "exif", "md5", "sha256", "sha512"}
+    | {"width", "height", "original_width", "original_height"}
+    | {"picture_offset", "picture_bytes", "picture_crc32"}
+)
+"""Columns that a shard has of its own, beside uid and split."""
 
 
 class StepSection:

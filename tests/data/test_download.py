@@ -32,7 +32,7 @@ from pipeline.data.shard_writer import ShardFiles, failure_causes, key_of, repea
 from pipeline.data.urls import AddressRules
 from pipeline.errors import ConfigError, DataError, StepError
 from pipeline.pictures import PictureError, decode, square
-from pipeline.recipe.sections import DownloadConfig, DownloadResources
+from pipeline.recipe.sections import SHARD_COLUMNS, DownloadConfig, DownloadResources
 from tests.data.conftest import CASES, PictureServer, make_picture
 from tests.data.hostile import HostileServer, dead_addresses, urls_that_never_end
 from tests.tiny.pairs import write_parts
@@ -95,6 +95,7 @@ def test_download_shard_accounts_for_every_row(server: PictureServer, tmp_path: 
     assert table.column_names[:5] == ["uid", "split", "score", "caption", "url"]
     assert table.column("key").to_pylist() == [f"00003{i:02d}" for i in range(27)]
     assert table.select(rows.column_names).equals(rows)
+    assert set(table.column_names) - SHARD_COLUMNS == {"uid", "split", "score"}
     table_rows = {row["url"].removeprefix(server.url + "/"): row for row in table.to_pylist()}
     for path, (status, message) in _FAULTS.items():
         assert table_rows[path]["status"] == status, path
@@ -360,11 +361,9 @@ def test_read_rows_reads_one_shard_of_any_parts_and_row_groups(tmp_path: Path) -
 
 
 def test_check_columns_names_what_is_wrong() -> None:
-    columns = ["uid", "url", "caption", "split", "sha256"]
+    columns = ["uid", "url", "caption", "split"]
     with pytest.raises(DataError, match=r"pairs.parquet: no column punsafe; it has uid, url"):
         check_columns(DownloadConfig(extra_columns=("punsafe",)), columns, "pairs.parquet")
-    with pytest.raises(ConfigError, match=r"download.extra_columns: .*sha256"):
-        check_columns(DownloadConfig(extra_columns=("sha256",)), columns, "pairs.parquet")
 
 
 def test_extra_columns_of_any_type_are_passed_through(server: PictureServer, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from pipeline.data.sources import Source, count_pairs
 from pipeline.data.tars import take_in
 from pipeline.errors import DataError
 from pipeline.recipe.pairs_sections import PairsConfig
+from pipeline.recipe.sections import SHARD_COLUMNS
 from pipeline.workspace.store import Artifact
 from tests.data.conftest import make_picture
 
@@ -64,6 +65,7 @@ def test_shards_of_img2dataset_are_taken_in_as_they_are(tmp_path: Path) -> None:
     assert count_pairs(PairsConfig(source="shards", path=str(tmp_path / "in"))) == 6
     assert shards.path("00001.tar").resolve() == tmp_path / "in/00001.tar"
     table = pq.read_table(shards.path("00001.parquet"))
+    assert set(table.column_names) - SHARD_COLUMNS == {"uid", "split", "punsafe"}
     row = table.to_pylist()[0]
     assert row["uid"] == make_uid("http://a/10.jpg", "caption 10")
     assert (row["key"], row["status"], row["punsafe"], row["sha256"]) == ("000000010", "success", "0.25", "f" * 64)

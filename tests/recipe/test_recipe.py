@@ -249,11 +249,18 @@ def test_respacing_takes_sections_that_just_fit_their_chain() -> None:
         ("prior.train.warmup_steps=1001", r"warmup_steps must be in 0\.\.num_steps, got 1001"),
         ("filter.max_nsfw=0.5", "max_nsfw reads the list's column punsafe or nsfw_score_opennsfw2; name the one that"),
         ("filter.nsfw_tags=['UNSURE']", r"nsfw_tags reads the list's column NSFW; .* in download\.extra_columns"),
+        ("download.extra_columns=['NSFW', 'width', 'sha256']", "extra_columns: every shard has its own sha256, width;"),
     ],
 )
 def test_load_recipe_refuses_what_does_not_go_together(override: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         load_recipe(None, [override])
+
+
+def test_a_column_to_compare_with_may_have_any_name_unless_the_shards_are_taken_in() -> None:
+    assert load_recipe(None, ["download.hash_column=sha256"]).download.hash_column == "sha256"
+    with pytest.raises(ConfigError, match=r"download\.hash_column: every shard has its own sha256"):
+        load_recipe(None, ["download.hash_column=sha256", "pairs.source=shards", "pairs.path=shards"])
 
 
 def test_a_filter_reads_any_of_the_names_of_its_column() -> None:
