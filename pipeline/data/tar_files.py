@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.data.shard_tables import Places
 from pipeline.data.tar_index import Members, index_tar
-from pipeline.errors import StepError
+from pipeline.errors import DataError, StepError
 from pipeline.workspace.ranged_file import RangedFile
 from pipeline.workspace.store import Artifact
 from pipeline.workspace.store_errors import is_beyond_end
@@ -58,7 +58,7 @@ class FarTar:
         stream: The tar.
 
     Raises:
-        DataError: If the shard's table is missing or damaged.
+        DataError: If the shard's table is missing or damaged, and of every read if the tar is gone by then.
     """
 
     def __init__(self, download: Artifact, shard: str, stream: RangedFile) -> None:
@@ -80,6 +80,8 @@ class FarTar:
             return b""
         try:
             [data] = self._stream.read_ranges([start], [stop])
+        except FileNotFoundError:
+            raise DataError(f"{self.file}: is gone since it was opened; is the download being made anew?") from None
         except StepError as error:
             if error.__cause__ is None or not is_beyond_end(error.__cause__):
                 raise

@@ -165,6 +165,17 @@ def test_every_picture_is_read_at_its_place(
         pictures.read("00000", "0000008", make_uid("http://a/00000/8.jpg", "caption 8"))
 
 
+def test_a_tar_that_goes_away_is_refused(bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    download = Artifact(f"{bucket}/download/d")
+    rows = _write(download, "00000")
+    _elsewhere(monkeypatch, tmp_path)
+    pictures = StoredPictures(download, by_ranges=True)
+    pictures.read("00000", rows[0]["key"], rows[0]["uid"])
+    download.remove("00000.tar")
+    with pytest.raises(DataError, match=r"s3://.*00000\.tar: is gone since it was opened"):
+        pictures.read("00000", rows[1]["key"], rows[1]["uid"])
+
+
 def test_a_damaged_picture_is_refused(bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     download = Artifact(f"{bucket}/download/d")
     rows = _write(download, "00000")
