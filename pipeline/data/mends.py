@@ -25,6 +25,6 @@ def repair_hint(file: Path | IO[bytes] | str) -> str:
     if is_cached(file):
         return (
             "it is this machine's copy of a file in a store: remove it, and it is fetched again; if it comes back the "
-            "same, bring the store's own back from a copy"
+            f"same, the store's own is damaged: {_MAKE_AGAIN}"
         )
     return _MAKE_AGAIN

@@ -23,6 +23,7 @@ from pipeline.data.tar_files import FarTar, LocalTar
 from pipeline.data.tar_index import Members, find_in_tar, picture_span
 from pipeline.errors import DataError
 from pipeline.pictures import decode
+from pipeline.workspace.files import is_remote
 from pipeline.workspace.store import Artifact
 
 pc: Any = pyarrow.compute  # its functions are created at import, so a type checker does not know them
@@ -125,7 +126,7 @@ class ShardPictures:
     def _files(self, key: str) -> dict[str, tuple[int, int]]:
         if self._index is None and self._num_searches < _SEARCHES:
             self._num_searches += 1
-            files = find_in_tar(str(self._tar.file), self._tar.read, self._tar.num_bytes, key)
+            files = find_in_tar(self._tar.file, self._tar.read, self._tar.num_bytes, key)
             if picture_span(files) and "json" in files:
                 return files
         return self._members().get(key, {})
@@ -169,8 +170,9 @@ class StoredPictures:
     def __init__(self, download: Artifact, *, by_ranges: bool = False) -> None:
         self._download = download
         # A web server may know no ranges.
-        self._by_ranges = by_ranges and not download.uri.startswith(("http://", "https://"))
-        self._open = functools.lru_cache(_RANGED_SHARDS if by_ranges else _OPEN_SHARDS)(self.shard)
+        in_store = is_remote(download.uri) and not download.uri.startswith(("http://", "https://"))
+        self._by_ranges = by_ranges and in_store
+        self._open = functools.lru_cache(_RANGED_SHARDS if self._by_ranges else _OPEN_SHARDS)(self.shard)
 
     def shard(self, shard: str) -> ShardPictures:
         """Open one shard.

@@ -48,11 +48,11 @@ def index_tar(path: Path, *, hint: str = "") -> Members:
             offset += _BLOCK_BYTES + -(-size // _BLOCK_BYTES) * _BLOCK_BYTES
 
 
-def find_in_tar(name: str, read: ReadBytes, num_bytes: int, key: str) -> dict[str, tuple[int, int]]:
+def find_in_tar(tar: Path | str, read: ReadBytes, num_bytes: int, key: str) -> dict[str, tuple[int, int]]:
     """The files of one key in a tar whose keys ascend, by bisection: some 15 reads of 64 KiB, whatever its size.
 
     Args:
-        name: Name of the tar, for messages.
+        tar: The tar, for messages.
         read: Reads bytes of it.
         num_bytes: Its size.
         key: The key.
@@ -68,7 +68,7 @@ def find_in_tar(name: str, read: ReadBytes, num_bytes: int, key: str) -> dict[st
     while high - low > _SEARCH_BYTES:
         middle = (low + high) // 2 // _BLOCK_BYTES * _BLOCK_BYTES
         place, header = _next_header(read, middle, high)
-        if place is None or _member_of(header, name, place)[0] >= key:
+        if place is None or _member_of(header, tar, place)[0] >= key:
             high = middle
         else:
             low = place
@@ -80,7 +80,7 @@ def find_in_tar(name: str, read: ReadBytes, num_bytes: int, key: str) -> dict[st
         header = data[low - start : low - start + _BLOCK_BYTES]
         if not _is_header(header):
             return files
-        stem, extension, size = _member_of(header, name, low)
+        stem, extension, size = _member_of(header, tar, low)
         if stem > key:
             return files
         if stem == key:
@@ -110,7 +110,7 @@ def _is_header(block: bytes) -> bool:
     return checksum.isdigit() and int(checksum, 8) == sum(block) - sum(block[148:156]) + 8 * ord(" ")
 
 
-def _member_of(header: bytes, tar: str, offset: int) -> tuple[str, str, int]:
+def _member_of(header: bytes, tar: Path | str, offset: int) -> tuple[str, str, int]:
     """Key, extension and size of the file with a header."""
     name, size = _read_header(header, tar, offset, "")
     return *_key_and_extension(name), size

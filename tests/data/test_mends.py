@@ -35,7 +35,9 @@ def test_a_damaged_copy_of_a_stores_file_is_removed_and_fetched_again(tmp_path: 
     copy = artifact.path("00000.tar")
     whole = copy.read_bytes()
     copy.write_bytes(b"z" * 512 + whole[512:])
-    with pytest.raises(DataError, match="this machine's copy of a file in a store: remove it, and it is fetched again"):
+    with pytest.raises(
+        DataError, match=r"this machine's copy of a file in a store: remove it, .* own is damaged: bring it back from"
+    ):
         index_tar(copy)
     copy.unlink()
     assert artifact.path("00000.tar") == copy

@@ -45,6 +45,27 @@ def test_a_picture_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
         ShardPictures(tar, "00000").decode("0000004", _uid(4))
 
 
+def test_a_damaged_header_of_a_tar_that_was_taken_in_names_the_file_itself(tmp_path: Path) -> None:
+    tar, _ = noisy_shard(tmp_path)
+    data = bytearray(tar.read_bytes())
+    data[124:136] = b"no number ok"
+    data[148:156] = b"%06o\0 " % (sum(data[:512]) - sum(data[148:156]) + 8 * ord(" "))
+    tar.write_bytes(data)
+    link = tmp_path / "link.tar"
+    link.symlink_to(tar)
+    pictures = ShardPictures(link, "00000", indexed=False)
+    with pytest.raises(DataError, match=rf"damaged tar \(header at byte 0\); it is a link to {tar}: bring that file"):
+        pictures.read("0000004", _uid(4))
+
+
+def test_shards_on_this_machine_are_few_for_searches_too(tmp_path: Path) -> None:
+    sizes = [
+        StoredPictures(Artifact(uri), by_ranges=True)._open.cache_info().maxsize
+        for uri in (str(tmp_path), "https://example.com/download", "memory://download")
+    ]
+    assert sizes == [16, 16, 64]
+
+
 def test_open_shards_and_their_files_are_few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "_OPEN_SHARDS", 2)
     for number in range(6):
