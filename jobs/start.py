@@ -26,6 +26,7 @@ from pipeline.data.causes import ALL, CLASSES, PICTURE_FAULTS, is_class
 from pipeline.data.retries import NONE
 from pipeline.errors import ConfigError, UnclipError
 from pipeline.recipe.estimate import status_remaining
+from pipeline.recipe.last_run import renew_last_run
 from pipeline.recipe.plan import StepStatus, chosen_steps, make_plan, plan_status
 from pipeline.recipe.recipe import load_recipe
 from pipeline.workspace.forgotten import Pending
@@ -162,6 +163,7 @@ def run(
     else:
         from pipeline.runtime.tracking.run import send_waiting
 
+        renew_last_run(resolved, print_warning)
         send_waiting(resolved, workspace, print_warning)
     from pipeline.report.report import update_report
 

@@ -5,7 +5,7 @@ A later release may not read the recipe of that run, or would plan other keys fr
 
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from pipeline.recipe.plan import Step, earlier_trainings, make_plan
 from pipeline.recipe.recipe import Recipe, flatten, to_dict, without_resources
 from pipeline.recipe.steps import STEP_ROWS, STEPS
 from pipeline.workspace.files import is_remote
+from pipeline.workspace.lock import locked_workspace
 from pipeline.workspace.manifest import parse_record
 from pipeline.workspace.store import Artifact, Workspace
 
@@ -71,6 +72,25 @@ def write_last_run(recipe: Recipe) -> None:
     home = _home(Workspace(recipe.workspace), recipe.name)
     home.write_json(PLAN, asdict(planned(recipe)))
     home.write_json(RESOLVED, to_dict(recipe))
+
+
+def renew_last_run(recipe: Recipe, warn: Callable[[str], None]) -> None:
+    """Write what cannot be read of the last run again, for a run that has nothing to do: it is the last one then.
+
+    Args:
+        recipe: The recipe, as it is run now.
+        warn: Receives a sentence if the lock of a dead process is broken.
+
+    Raises:
+        ConfigError: See ``make_plan``.
+        StepError: If another run holds the workspace.
+    """
+    workspace = Workspace(recipe.workspace)
+    try:
+        read_last_run(workspace, recipe.name)
+    except DataError:
+        with locked_workspace(workspace, warn):
+            write_last_run(recipe)
 
 
 def read_last_run(workspace: Workspace, name: str) -> Planned | None:

@@ -11,7 +11,7 @@ import ray
 from pipeline.data.retries import NONE, ask_retry, give_up_retries, waiting_retries
 from pipeline.errors import ConfigError, DataError, UnclipError
 from pipeline.recipe.garbage import read_artifacts
-from pipeline.recipe.last_run import write_last_run
+from pipeline.recipe.last_run import renew_last_run, write_last_run
 from pipeline.recipe.plan import StepStatus, artifact_of, dependents, passing_inputs, plan_status
 from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.admission import Admission, Waits, at_once, fits_now
@@ -69,6 +69,7 @@ def run_recipe(
     workspace = Workspace(recipe.workspace)
     is_all_done = all(status.state == "done" for status in statuses)
     if is_all_done and not retry_failed and not force and Pending.read(workspace.root) is None:
+        renew_last_run(recipe, observer.warned)
         send_waiting(recipe, workspace, observer.warned)
         return
     with (

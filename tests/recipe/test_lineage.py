@@ -394,6 +394,9 @@ def test_gc_removes_nothing_if_it_is_not_known_what_the_last_run_made(tmp_path: 
     [note] = trace(keys["prior"], recipe.workspace).notes
     assert note.startswith("recipe tiny: what its last run made is not known: ")
     assert read_last_run(workspace, "never run") is None
+    done = CliRunner().invoke(app, ["run", str(path), "--set", "tracking.uri=off"], catch_exceptions=False)
+    assert "nothing to do" in done.stdout
+    assert _gc(path)[0] == set()
 
 
 @pytest.mark.parametrize("words", [["gc", "{path}"], ["gc", "{path}", "{path}", "--set", "seed=1"]])
