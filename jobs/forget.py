@@ -125,8 +125,10 @@ def _print_search(search: "Search", recipe: str, *, is_forgotten: bool) -> None:
 def _print_removals(work: Pending, verdict: str) -> None:
     from pipeline.forget.search import SHOWN
 
+    reasons = {step: f"shows such a pair; `unclip {step}` makes it anew" for step in SHOWN}
+    reasons["index"] = "a run makes it anew, without what was appended to it"
     for step, key in work.removals:
-        reason = f"shows such a pair; `unclip {step}` makes it anew" if step in SHOWN else "a run makes it anew"
+        reason = reasons.get(step, "a run makes it anew")
         typer.echo(f"{step:<17} {key}  {verdict}: {reason}")
 
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import tomli_w
 
-from jobs.forget import _print_search  # pyright: ignore[reportPrivateUsage]
+from jobs.forget import _print_removals, _print_search  # pyright: ignore[reportPrivateUsage]
 from pipeline.data.blank import blank_rows
 from pipeline.data.download import download_shard
 from pipeline.data.make_pairs import PairsMaker
@@ -31,7 +31,7 @@ from pipeline.recipe.sections import DownloadConfig
 from pipeline.retrieve import NeighbourIndex
 from pipeline.retrieve.batch import NEIGHBOUR
 from pipeline.retrieve.takedown import Takedown
-from pipeline.workspace.forgotten import FORGOTTEN, PENDING, Forgotten
+from pipeline.workspace.forgotten import FORGOTTEN, PENDING, Forgotten, Pending
 from pipeline.workspace.store import INPUTS, Artifact, Workspace
 from tests.data.hostile import HostileServer
 from tests.forget.made import (
@@ -256,6 +256,16 @@ def test_rows_are_found_in_the_row_groups_that_have_them(tmp_path: Path) -> None
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(DataError, match=r"part\.parquet: damaged"):
         list(find_rows(path, ["uid"], values, ["uid"]))
+
+
+def test_the_command_says_what_no_run_makes_anew(capsys: pytest.CaptureFixture[str]) -> None:
+    work = Pending(removals=(("filter", "f"), ("index", "i"), ("search", "one")))
+    _print_removals(work, "is removed")
+    assert capsys.readouterr().out.splitlines() == [
+        "filter            f  is removed: a run makes it anew",
+        "index             i  is removed: a run makes it anew, without what was appended to it",
+        "search            one  is removed: shows such a pair; `unclip search` makes it anew",
+    ]
 
 
 def test_the_command_counts_first_then_forgets_and_plan_names_the_networks(made: Made, tmp_path: Path) -> None:
