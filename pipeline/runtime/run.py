@@ -241,9 +241,9 @@ def _reopened(workspace: Workspace, status: StepStatus, failed_class: str) -> St
     if status.step.name != "download":
         return status
     output = artifact_of(workspace, status.step)
-    ask_retry(output, failed_class)  # first, so that a run that is stopped here leaves it to the next one
     if (manifest := output.manifest()) is not None:  # it alone says from which pairs the shards were made
         output.write_json(INPUTS, manifest.input_contents)
+    ask_retry(output, failed_class)  # before the removal: a run that is stopped behind that leaves it to the next one
     output.remove(MANIFEST)
     return dataclasses.replace(status, state="partial", manifest=None)
 

@@ -28,7 +28,7 @@ from pipeline.workspace.forgotten import Pending
 from pipeline.workspace.lock import in_use
 from pipeline.workspace.manifest import ShardRecord, content_of
 from pipeline.workspace.progress import Progress, read_progress
-from pipeline.workspace.store import INPUTS, MANIFEST, Workspace
+from pipeline.workspace.store import INPUTS, MANIFEST, Artifact, Workspace
 from tests.ports import free_port
 from tests.tiny.command import ROOT, start_unclip, unclip, unclip_here
 from tests.tiny.recipe import write_recipe
@@ -187,6 +187,24 @@ def test_a_retry_keeps_shards_of_the_same_list_alone(
     assert pairs is not None
     assert output.read_json(INPUTS) == {"pairs": content_of(pairs)}
     assert waiting_retries(output) == ["http"]  # of what is downloaded anew, too
+
+
+def test_a_retry_that_cannot_begin_is_not_left_to_a_later_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = _download_of_two_lists(tmp_path, is_new=False)
+    workspace, output = Workspace(steps["download"].root), steps["download"].output
+    status = plan_status(workspace, [steps[name].step for name in ("pairs", "download")])[1]
+
+    def write(artifact: Artifact, name: str, value: Any) -> None:
+        if name == INPUTS:
+            raise StepError("the disk is full")
+        write_json(artifact, name, value)
+
+    write_json = Artifact.write_json
+    monkeypatch.setattr(Artifact, "write_json", write)
+    with pytest.raises(StepError, match="the disk is full"):
+        run._reopened(workspace, status, "http")
+    assert output.exists(MANIFEST)
+    assert waiting_retries(output) == []
 
 
 def test_a_retry_that_was_stopped_can_be_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
