@@ -109,7 +109,7 @@ class Fetcher:
     async def __aenter__(self) -> Fetcher:
         proxies = {URL(proxy).raw_host or "" for proxy in self._proxies.values()}
         self._proxy_hosts = proxies
-        self._resolver = Resolver(self._rules, proxies)
+        self._resolver = Resolver(self._rules, proxies, self._config.resources.num_connections)
         connector = aiohttp.TCPConnector(
             limit=0,
             resolver=self._resolver,

@@ -86,12 +86,18 @@ class Resolver(aiohttp.abc.AbstractResolver):
     """Resolves names in threads of its own, remembers them, and leaves out addresses that are not allowed.
 
     The system's resolver cannot be interrupted: a slow name keeps a thread, not a row and not the end of the process.
+
+    Args:
+        rules: Which addresses are allowed.
+        trusted: Names whose addresses are all allowed.
+        num_connections: So many names, or ``_LOOKUPS_AT_ONCE`` if they are more, are looked up at once: what waits for
+            slow ones does so inside of its deadline.
     """
 
-    def __init__(self, rules: AddressRules, trusted: set[str]) -> None:
+    def __init__(self, rules: AddressRules, trusted: set[str], num_connections: int = 0) -> None:
         self._rules = rules
         self._trusted = trusted
-        self._slots = asyncio.Semaphore(_LOOKUPS_AT_ONCE)
+        self._slots = asyncio.Semaphore(max(_LOOKUPS_AT_ONCE, num_connections))
         self._names = HostCache(self._look_up, _NAME_TTL_S)
 
     async def resolve(

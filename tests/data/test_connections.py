@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -260,6 +261,26 @@ def test_policies_are_asked_for_some_at_a_time(hostile: HostileServer, names: Na
         urls = [f"http://{host}:{hostile.port}/ok" for host in hosts]
         assert downloader.download(_rows_of(urls), "00000", _files(tmp_path))["ok"] == 40
     assert hostile.most_in_all <= 2 + 2 * 2  # pictures, and two files for each of as many hosts
+
+
+def test_each_connection_may_wait_for_a_slow_name(hostile: HostileServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = threading.Barrier(3)
+
+    def addresses(_host: str) -> list[str]:
+        slow.wait(60)
+        return ["127.0.0.1"]
+
+    monkeypatch.setattr(resolver, "_LOOKUPS_AT_ONCE", 2)
+    monkeypatch.setattr(resolver, "_addresses", addresses)
+    config = replace(_CONFIG, resources=DownloadResources(num_connections=3))
+
+    async def run() -> list[str]:
+        connections = Connections(3)
+        async with asyncio.timeout(30), Fetcher(config, _NEAR, None, connections) as fetcher:
+            urls = [f"http://host-{number}.test:{hostile.port}/ok" for number in range(3)]
+            return await asyncio.gather(*(_row(fetcher, connections, url) for url in urls))
+
+    assert asyncio.run(run()) == ["ok"] * 3
 
 
 def test_an_error_of_a_host_is_remembered_from_its_end_on(monkeypatch: pytest.MonkeyPatch) -> None:
