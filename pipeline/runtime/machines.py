@@ -3,9 +3,10 @@
 All are looked at before the first step begins, those that come later when they come.
 """
 
-import os
+import contextlib
 import platform
 import time
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,14 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.errors import ConfigError
-from pipeline.recipe.last_run import RESOLVED
 from pipeline.recipe.plan import Step
 from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.packages import complaint
 from pipeline.runtime.placement import amounts_of, cluster_has_roles, machine_has, worker_options
 from pipeline.workspace.store import Workspace
 
+SEEN = "machines.json"
+"""A number of the run that goes on, in ``recipes/<name>``, which every machine must see."""
 _EVERY_S = 5.0
 _SHOWS_WITHIN_S = 25.0  # a shared folder may show new files late; shorter than the longest look
 LONGEST_LOOK_S = 30.0
@@ -32,7 +34,7 @@ class Machines:
     """The machines of the connected cluster that have been looked at, from the start on.
 
     Args:
-        recipe: The recipe of the run, which is in the workspace already.
+        recipe: The recipe of the run.
         steps: Its steps that are not done; none: no machine is looked at.
 
     Raises:
@@ -48,8 +50,13 @@ class Machines:
             if hasattr(section, "resources")
         ]
         self._workspace = Workspace(recipe.workspace)
-        self._file = str(Path(self._workspace.root) / "recipes" / recipe.name / RESOLVED)
-        """What every machine must see if the workspace is a folder."""
+        self._file, self._number = "", uuid.uuid4().hex
+        """What every machine must see if the workspace is a folder: of this run, for one whose own disk has a folder of
+        this name may have run the same recipe."""
+        if self._workers and self._workspace.is_local:
+            home = self._workspace.artifact("recipes", recipe.name)
+            home.write_json(SEEN, {"run": self._number})
+            self._file = f"{home.uri}/{SEEN}"
         self._asked: dict[str, Any] = {}
         """What each machine's task will return, by the machine; None once it has answered or gone."""
         self._looked_at = float("-inf")
@@ -70,8 +77,8 @@ class Machines:
         for node in ray.nodes():
             if node["NodeID"] not in self._asked and self._may_work(node):
                 there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-                file = self._file if self._workspace.is_local else ""
-                self._asked[node["NodeID"]] = _look.options(scheduling_strategy=there).remote(file, _SHOWS_WITHIN_S)
+                look = _look.options(scheduling_strategy=there)
+                self._asked[node["NodeID"]] = look.remote(self._file, self._number, _SHOWS_WITHIN_S)
         waiting = {task: machine for machine, task in self._asked.items() if task is not None}
         answered, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=wait_s) if waiting else ([], [])
         complaints, elsewhere = list[str](), list[str]()
@@ -100,11 +107,17 @@ class Machines:
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def _look(file: str, wait_s: float) -> tuple[str, str]:
-    """What this machine's packages lack, and its name if it does not see a file of the workspace; each may be empty."""
+def _look(file: str, number: str, wait_s: float) -> tuple[str, str]:
+    """What this machine's packages lack, and its name if a file of the workspace lacks a number; each may be empty."""
     deadline = time.monotonic() + wait_s
-    while file and not os.access(file, os.R_OK):
+    while file and not _has(file, number):
         if time.monotonic() > deadline:
             return complaint(), platform.node()
         time.sleep(0.5)
     return complaint(), ""
+
+
+def _has(file: str, number: str) -> bool:
+    with contextlib.suppress(OSError):
+        return number in Path(file).read_text(encoding="utf-8")
+    return False

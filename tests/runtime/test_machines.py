@@ -9,12 +9,11 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from pipeline.errors import ConfigError
-from pipeline.recipe.last_run import RESOLVED
 from pipeline.recipe.plan import make_plan
-from pipeline.recipe.recipe import Recipe, parse_recipe
+from pipeline.recipe.recipe import parse_recipe
 from pipeline.runtime import machines as looking
-from pipeline.runtime.machines import Machines
-from pipeline.workspace.store import Workspace
+from pipeline.runtime.machines import SEEN, Machines
+from pipeline.workspace.store import Artifact, Workspace
 from tests.ports import free_port
 from tests.tiny.cluster import cluster_without_cpus, joined_cluster
 from tests.tiny.command import ROOT, unclip
@@ -47,28 +46,26 @@ def cluster() -> Iterator[Cluster]:
         yield cluster
 
 
-def _noted_recipe(folder: Path) -> Recipe:
-    """A recipe that is in its workspace, as that of a run."""
-    recipe = parse_recipe(tiny_tables(folder))
-    Workspace(recipe.workspace).artifact("recipes", recipe.name).write_json(RESOLVED, {})
-    return recipe
-
-
 def test_a_machine_with_a_workspace_of_its_own_is_named(
     cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = _noted_recipe(tmp_path)
+    recipe = parse_recipe(tiny_tables(tmp_path))
     Machines(recipe, make_plan(recipe))
-    # As on a machine whose disk has another folder of this name: it is empty there.
+    # As on a machine whose disk has another folder of this name: what is written here does not come there.
     monkeypatch.setattr(looking, "_SHOWS_WITHIN_S", 0.0)
-    Workspace(recipe.workspace).artifact("recipes", recipe.name).clear()
+    monkeypatch.setattr(Artifact, "write_json", lambda *_: None)
+    home = Workspace(recipe.workspace).artifact("recipes", recipe.name)
+    assert home.names() == [SEEN]  # the same recipe has been run there
+    with pytest.raises(ConfigError, match=rf"^{platform.node()}: {recipe.workspace} .* name a bucket"):
+        Machines(recipe, make_plan(recipe))
+    home.clear()
     with pytest.raises(ConfigError, match=rf"^{platform.node()}: {recipe.workspace} .* name a bucket"):
         Machines(recipe, make_plan(recipe))
 
 
 def test_a_machine_that_lacks_packages_is_named_with_its_python_and_them(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(_HIDES)
-    recipe = _noted_recipe(tmp_path)
+    recipe = parse_recipe(tiny_tables(tmp_path))
     # The one that is there lacks nothing; the head, which has no CPU, is not asked.
     machines = Machines(recipe, make_plan(recipe))
     # It comes later.
