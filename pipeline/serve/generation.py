@@ -206,8 +206,10 @@ class Generation:
         quality = 100 if self._body.output_compression is None else self._body.output_compression
 
         def encode(index: int, image: Images, seed: int | None) -> bytes:
-            is_made = seed is not None and not is_untouched(self.request.edit)
-            texts = made_with(self._card, self.request, seed, self.side_px, self._frame(index)) if is_made else None
+            if seed is None or is_untouched(self.request.edit):
+                texts = None
+            else:
+                texts = made_with(self._card, self.request, seed, self.side_px, self._frame(index))
             signer = self._card.signer
             return encode_picture(image, self.side_px, self._format, quality=quality, made_with=texts, signer=signer)
 

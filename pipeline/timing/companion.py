@@ -121,15 +121,16 @@ def _has_lost(children: Sequence[subprocess.Popen[bytes]]) -> bool:
 
 
 def _join(job: TrainJob, meeting: str) -> None:
-    import torch.distributed
+    from torch.distributed import FileStore, init_process_group  # pyright: ignore[reportPrivateImportUsage]
+    from torch.distributed.distributed_c10d import PrefixStore
 
-    store = torch.distributed.FileStore(meeting, job.world_size)
+    store = FileStore(meeting, job.world_size)
     store.set(f"worker {job.rank}", "is here")
     # Connections wait for as long as a step may take; one that was lost before is to be missed earlier.
     store.wait([f"worker {rank}" for rank in range(job.world_size)], timedelta(seconds=_MEETING_S))
-    torch.distributed.init_process_group(
+    init_process_group(
         "gloo",
-        store=torch.distributed.PrefixStore("group", store),
+        store=PrefixStore("group", store),
         rank=job.rank,
         world_size=job.world_size,
         timeout=timedelta(seconds=job.section.resources.hang_timeout_s),
