@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -221,7 +222,8 @@ def test_ctrl_c_finishes_what_is_under_way_and_ends_everything_it_started(served
         assert under_way.result().status_code == 200
     output, _ = served.process.communicate(timeout=60)
     assert served.process.returncode == 0, output
-    assert said(output) == ["stopping; requests under way: 1 - Ctrl-C again ends them at once"]
+    [line] = said(output)  # the probe of a line before may still be counted
+    assert re.fullmatch(r"stopping; requests under way: [12] - Ctrl-C again ends them at once", line)
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not alive
     with pytest.raises(httpx.ConnectError):

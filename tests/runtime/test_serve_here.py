@@ -5,6 +5,7 @@ import concurrent.futures
 import contextlib
 import gc
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -135,7 +136,9 @@ def test_a_laptop_serves_swaps_to_a_new_champion_and_drains_without_ray(server: 
         assert server.ask().status_code == 503
         assert under_way.result().status_code == 200
     output, _ = server.process.communicate(timeout=60)
-    assert (server.process.returncode, "stopping; requests under way: 1" in output) == (0, True), output
+    # The probe of the line before may still be counted.
+    is_said = re.search(r"stopping; requests under way: [12]", output) is not None
+    assert (server.process.returncode, is_said) == (0, True), output
 
 
 def test_a_swap_that_fails_in_whatever_way_ends_no_server(monkeypatch: pytest.MonkeyPatch) -> None:
