@@ -72,6 +72,8 @@ def training_together(job: TrainJob, num_workers: int) -> Generator[TrainJob]:
                 raise StepError(_ENDED.format("had taken its steps")) from error
             raise
         finally:
+            for child in children:  # first, or it says in a traceback that it has lost this process
+                child.kill()
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
 
