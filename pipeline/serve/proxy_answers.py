@@ -1,11 +1,17 @@
 """What Ray Serve's proxies answer by themselves, in the API's form.
 
 With `serve deploy` the HTTP interface runs behind Ray Serve's proxies. They answer 500 in plain text when its process
-dies, and 404 while the application starts. A proxy that finds ``middlewares`` in its environment
-(RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH) passes such a request on once more, or answers 503 as the API does.
+dies, 404 while the application starts, and nothing at all as long as no process takes requests. A proxy that finds
+``middlewares`` in its environment (RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH) passes a request whose process died on
+once more, and answers 503 as the API does where that is in vain or nobody takes it.
 """
 
+import asyncio
+import contextlib
 import logging
+import math
+import time
+from collections.abc import Callable
 
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
@@ -18,6 +24,11 @@ _log = logging.getLogger(__name__)
 
 _PROXYS_OWN = "/-/"
 """Beginning of the paths that proxies answer themselves: /-/healthz, /-/routes."""
+_PATIENCE_S = 0.2
+"""How long a request may be unanswered before the proxy looks whether there is a process that takes it."""
+_ABSENT_S = 2.0
+"""As long as this without an answer to ``GET /livez``, and there is none: one that works answers in milliseconds."""
+_PROBE_S = 60.0
 _ABSENT = "the server starts, or its HTTP process has died and is started again"
 
 
@@ -35,6 +46,7 @@ class ProxyAnswers:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._presence = _Presence(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -43,8 +55,9 @@ class ProxyAnswers:
             return
         body = _Body(receive)
         for _ in range(2):
-            answer = _Answer(send)
-            await self._app({**scope}, body.reader(), answer.send)
+            answer = _Answer(send, self._presence.hear)
+            if not await self._presence.is_taken(scope, body.reader(), answer.send):
+                break
             if answer.begun or body.client_has_left:
                 await answer.end_stream()
                 return
@@ -55,6 +68,94 @@ class ProxyAnswers:
         response = error.response()
         add_headers(response.headers, request_id_of(Headers(scope=scope)))
         await response(scope, receive, send)
+
+
+class _Presence:
+    """Whether an HTTP process takes requests: Ray Serve lets them wait without end while none does.
+
+    Args:
+        app: The proxy.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._heard_s = -math.inf
+        """When an HTTP process last said anything."""
+        self._probe: asyncio.Task[None] | None = None
+        """At most one is under way, whatever the number of requests."""
+        self._asked_s = 0.0
+
+    def hear(self) -> None:
+        """Note that an HTTP process has said something."""
+        self._heard_s = time.monotonic()
+
+    async def is_taken(self, scope: Scope, receive: Receive, send: Send) -> bool:
+        """Pass a request on, to its end; False if it was given up because no process takes any.
+
+        One that has reached a process is never given up, however long it takes: a word from any of them after it came
+        says that they take requests.
+        """
+        if self._unanswered_s() > _ABSENT_S:
+            return False
+        came_s = time.monotonic()
+        task = asyncio.ensure_future(self._app({**scope}, receive, send))
+        try:
+            await asyncio.wait({task}, timeout=_PATIENCE_S)
+            while not task.done() and self._heard_s < came_s:
+                self._ask()
+                if self._unanswered_s() > _ABSENT_S:
+                    return False
+                await asyncio.wait({task}, timeout=_PATIENCE_S)
+            await task
+        finally:
+            if not task.done():
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+        return True
+
+    def _unanswered_s(self) -> float:
+        return time.monotonic() - self._asked_s if self._probe is not None else 0.0
+
+    def _ask(self) -> None:
+        if self._probe is None:
+            self._asked_s = time.monotonic()
+            self._probe = asyncio.create_task(self._ask_once())
+
+    async def _ask_once(self) -> None:
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "GET",
+            "scheme": "http",
+            "path": "/livez",
+            "raw_path": b"/livez",
+            "root_path": "",
+            "query_string": b"",
+            "headers": [(b"host", b"localhost")],
+            "client": ("127.0.0.1", 0),
+            "server": ("127.0.0.1", 0),
+        }
+        is_sent = False
+
+        async def receive() -> Message:
+            nonlocal is_sent
+            if is_sent:
+                await asyncio.Future()  # nobody leaves
+            is_sent = True
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        async def send(_message: Message) -> None:
+            pass
+
+        try:
+            async with asyncio.timeout(_PROBE_S):
+                await self._app(scope, receive, _Answer(send, self.hear).send)
+        except Exception as error:  # noqa: BLE001  (whatever a proxy raises: the requests themselves say it)
+            _log.debug("no answer to GET /livez: %s", error)
+        finally:
+            self._probe = None
 
 
 class _Body:
@@ -92,8 +193,9 @@ class _Body:
 class _Answer:
     """Passes an answer of the HTTP interface on, and keeps back one of the proxy's own."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, hear: Callable[[], None]) -> None:
         self._send = send
+        self._hear = hear
         self._is_open_stream = False
         self.begun = False
         """Whether something was passed on."""
@@ -109,6 +211,7 @@ class _Answer:
         if self.is_proxys:
             return
         self.begun = True
+        self._hear()
         if message["type"] == "http.response.body" and not message.get("more_body", False):
             self._is_open_stream = False
         await self._send(message)

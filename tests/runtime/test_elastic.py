@@ -33,7 +33,7 @@ from tests.tiny.training import upsampler_context
 NUM_STEPS, SAVE_EVERY, LOG_EVERY = 1200, 25, 5
 
 
-def _recipe(workspace: Path, *, num_steps: int = NUM_STEPS, batch_size: int = 3, **resources: object) -> Recipe:
+def _recipe(workspace: Path, *, num_steps: int = NUM_STEPS, batch_size: int = 3, **resources: Any) -> Recipe:
     upsampler = {
         # With a larger eps the optimizer does not enlarge rounding where gradients are nearly zero.
         "train": {"num_steps": num_steps, "batch_size": batch_size, "eps": 1e-2},
@@ -89,9 +89,11 @@ def cluster() -> Iterator[Cluster]:
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 @pytest.mark.slow  # Ray takes a minute to miss a machine
-@pytest.mark.parametrize(("fewest", "most"), [(1, 2), (3, 4)])
-def test_a_machine_that_is_lost_and_one_that_comes(cluster: Cluster, tmp_path: Path, fewest: int, most: int) -> None:
-    size = {"batch_size": most + 1}
+@pytest.mark.parametrize(("fewest", "most", "num_steps"), [(1, 2, NUM_STEPS), (3, 4, NUM_STEPS // 2)])
+def test_a_machine_that_is_lost_and_one_that_comes(
+    cluster: Cluster, tmp_path: Path, fewest: int, most: int, num_steps: int
+) -> None:
+    size = {"batch_size": most + 1, "num_steps": num_steps}
     elastic, done = (
         upsampler_context(_recipe(tmp_path / "elastic", num_workers=[fewest, most], resize_every_s=3.0, **size)),
         threading.Event(),
@@ -110,7 +112,7 @@ def test_a_machine_that_is_lost_and_one_that_comes(cluster: Cluster, tmp_path: P
         metrics = ray.get(task).metrics
         alone = upsampler_context(_recipe(tmp_path / "alone", num_workers=1, **size))
         ray.get(ray.remote(num_cpus=0)(run_training).remote(alone))
-    assert (metrics["num_steps"], metrics["num_preemptions"]) == (NUM_STEPS, 1)
+    assert (metrics["num_steps"], metrics["num_preemptions"]) == (num_steps, 1)
     assert "num_failures" not in metrics  # that budget is for workers
     progress = read_progress(output)
     assert progress is not None
@@ -118,7 +120,7 @@ def test_a_machine_that_is_lost_and_one_that_comes(cluster: Cluster, tmp_path: P
     assert progress.notice.startswith("a machine was lost (")
     assert progress.notice.endswith("); it goes on from its newest checkpoint")
     assert [number for number, _ in _parts(output)] == [most, fewest, most]
-    assert sum(steps for _, steps in _parts(output)) == NUM_STEPS
+    assert sum(steps for _, steps in _parts(output)) == num_steps
     changed, expected = (load_file(context.output.path("model.safetensors")) for context in (elastic, alone))
     for name, weight in expected.items():
         torch.testing.assert_close(changed[name], weight, rtol=1e-4, atol=1e-5, msg=name)

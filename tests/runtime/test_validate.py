@@ -295,8 +295,8 @@ def test_a_validation_needs_room_on_one_machine_of_those_for_the_training() -> N
 
 def _context(workspace: Path, **resources: object) -> StepContext:
     upsampler = {
-        "train": {"num_steps": 2400, "batch_size": 4},
-        "resources": {"save_every_steps": 300, "log_every_steps": 50, **resources},
+        "train": {"num_steps": 1000, "batch_size": 4},
+        "resources": {"save_every_steps": 125, "log_every_steps": 25, **resources},
     }
     return upsampler_context(parse_recipe(tiny_tables(workspace, upsampler_1=upsampler)))
 

@@ -98,3 +98,101 @@ def test_nothing_is_passed_on_again_for_a_client_that_left_or_a_body_above_the_l
     asyncio.run(middlewares()[0].cls(proxy)(scope, receive if limit else _leave, send))
     assert len(proxy.bodies) == 1
     assert [message["status"] for message in sent if "status" in message] == ([503] if limit else [])
+
+
+class Behind:
+    """What is behind a proxy: a process that takes as long as the test says for a request, or none yet."""
+
+    def __init__(self) -> None:
+        self.is_there = asyncio.Event()
+        self.may_answer = asyncio.Event()
+        self.paths = list[str]()
+        self.given_up = list[str]()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
+        self.paths.append(path)
+        try:
+            await self.is_there.wait()
+            if path != "/livez":
+                await self.may_answer.wait()
+        except asyncio.CancelledError:
+            self.given_up.append(path)
+            await PlainTextResponse("disconnected", 499)(scope, receive, send)  # as Ray Serve's proxy does
+            return
+        await JSONResponse({"status": "ok"})(scope, receive, send)
+
+
+async def _get(app: Any, path: str) -> int:
+    """The status of an answer."""
+    statuses = list[int]()
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b""}
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+
+    await app({"type": "http", "method": "GET", "path": path, "headers": []}, receive, send)
+    [status] = statuses
+    return status
+
+
+@pytest.fixture
+def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proxy_answers, "_PATIENCE_S", 0.01)
+    monkeypatch.setattr(proxy_answers, "_ABSENT_S", 0.1)
+
+
+@pytest.mark.usefixtures("fast")
+def test_where_no_process_takes_requests_they_are_refused_until_one_does() -> None:
+    async def ask() -> None:
+        behind = Behind()
+        app = middlewares()[0].cls(behind)
+        behind.may_answer.set()
+        assert await asyncio.gather(*(_get(app, "/readyz") for _ in range(3))) == [503] * 3
+        assert sorted(behind.paths) == ["/livez", *["/readyz"] * 3]
+        assert behind.given_up == ["/readyz"] * 3
+        assert await _get(app, "/readyz") == 503
+        assert len(behind.paths) == 4  # refused at once
+        behind.is_there.set()
+        await asyncio.sleep(0.01)
+        assert await _get(app, "/readyz") == 200
+
+    asyncio.run(ask())
+
+
+@pytest.mark.usefixtures("fast")
+def test_a_request_that_a_process_has_taken_may_last_as_long_as_it_does() -> None:
+    async def ask() -> None:
+        behind = Behind()
+        app = middlewares()[0].cls(behind)
+        behind.is_there.set()
+        asked = asyncio.ensure_future(_get(app, "/v1/images/generations"))
+        await asyncio.sleep(0.3)
+        behind.is_there.clear()  # the process has it; a second one would find none
+        await asyncio.sleep(0.3)
+        assert not asked.done()
+        behind.may_answer.set()
+        assert await asked == 200
+        assert behind.paths == ["/v1/images/generations", "/livez"]
+
+    asyncio.run(ask())
+
+
+@pytest.mark.usefixtures("fast")
+def test_a_request_whose_process_dies_is_not_kept_for_the_next_one() -> None:
+    async def ask() -> None:
+        behind = Behind()
+
+        async def die(scope: Scope, receive: Receive, send: Send) -> None:
+            if behind.paths:
+                await behind(scope, receive, send)
+            behind.paths.append("died")
+
+        app = middlewares()[0].cls(die)
+        assert await _get(app, "/v1/images/generations") == 503
+        assert behind.given_up == ["/v1/images/generations"]
+
+    asyncio.run(ask())
