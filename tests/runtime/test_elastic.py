@@ -81,7 +81,9 @@ def _wait_for(output: Artifact, workers: list[int], done: threading.Event) -> No
 
 
 @pytest.fixture
-def cluster() -> Iterator[Cluster]:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    for name, value in {"period_ms": 1000, "timeout_ms": 5000, "failure_threshold": 3}.items():
+        monkeypatch.setenv(f"RAY_health_check_{name}", str(value))  # to miss a machine in seconds
     with cluster_without_cpus() as started:
         yield started
 
