@@ -19,6 +19,7 @@ from torch import Tensor
 from models.clip_config import ClipDims
 from models.pixels import to_uint8
 from models.request import SampleRequest
+from models.rows import map_rows
 from models.stage import PIXELS, Z_IMAGE, Batch, Stage, Watch, run_stage
 from models.text import TextEncoding
 
@@ -153,9 +154,11 @@ class Cascade:
         seeds = request.seeds if seeds is None else tuple(seeds)
         text = self.clip.encode_text([request.prompt])
         negative = self.clip.encode_text([request.negative_prompt]) if request.negative_prompt else None
-        first = torch.zeros(len(seeds), dtype=torch.long, device=text.pooled.device)
-        repeated = None if negative is None else negative[first]
-        return Batch(text[first], tuple(seeds), request=request, negative=repeated)
+
+        def repeat(row: Tensor) -> Tensor:
+            return row.expand(len(seeds), *row.shape[1:])  # in the memory of one
+
+        return Batch(map_rows(text, repeat), tuple(seeds), request=request, negative=map_rows(negative, repeat))
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """The networks in replicas that Ray Serve places on machines; remote_model.py has the calls that reach them.
 
 A replica has all networks, or a part of them (``serve.mode = "chain"``). A request then goes from part to part: the
-process that speaks HTTP calls one after another, and what is left of the request stays in Ray's object store.
+process that speaks HTTP calls one after another, and what is left of the request, if it is large, stays in Ray's
+object store.
 
 Every call says by a digest which networks it means, and no others answer it. So a picture is of the networks that its
 file names, whatever is loaded meanwhile, and when.
 """
 
 import asyncio
+import pickle
 import time
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import aclosing, contextmanager
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
 _IDLE_POLL_S = 0.2
 _MOST_ANNOUNCED = 3
 """Networks that the router knows a replica by: what is served, what a swap brings, and what still finishes."""
+_SMALL_BYTES = 64 << 10
+"""Ray sends an argument or an answer of at most 100 KB without its object store."""
 _LEAST_KEEP_S = 10.0
 """How long networks stay at least once requests mean others: not all HTTP processes turn at the same time."""
 
@@ -54,7 +58,7 @@ class Hop:
     step: str
     """Step of the recipe whose network comes next; empty: CLIP's part."""
     work: Any
-    """``serve.work.Work``, or Ray's reference to it."""
+    """``serve.work.Work``, pickled, or Ray's reference to that."""
 
 
 class ModelReplica:
@@ -187,7 +191,9 @@ class ModelReplica:
         if hop is None:
             return engine, None
         try:
-            return engine, await hop.work if isinstance(hop.work, ObjectRef) else hop.work
+            if isinstance(hop.work, ObjectRef):
+                return engine, await asyncio.to_thread(pickle.loads, await hop.work)
+            return engine, pickle.loads(hop.work)
         except ray.exceptions.RayError as error:
             raise NotServing(f"the replica before this one has died ({type(error).__name__})") from None
 
@@ -213,7 +219,7 @@ class ModelReplica:
         """
         with self._under_way():
             engine, work = await self._continued(served, hop)
-            return _sent(await engine.sample(request, client, work, later))
+            return await _sent(await engine.sample(request, client, work, later))
 
     async def stream(
         self,
@@ -229,7 +235,7 @@ class ModelReplica:
             engine, work = await self._continued(served, hop)
             async with aclosing(engine.stream(request, client, num_previews, work, later)) as events:
                 async for event in events:
-                    yield _sent(event)
+                    yield await _sent(event)
 
     @contextmanager
     def _under_way(self) -> Generator[None]:
@@ -290,8 +296,13 @@ class ModelReplica:
             engine.close()
 
 
-def _sent(result: Any) -> Any:
-    """A result as another process gets it; what is left of a request goes by reference."""
+async def _sent(result: Any) -> Any:
+    """A result as another process gets it; what is left of a request goes by reference, unless it is small.
+
+    A small one costs less in the message itself than in the object store; packed, for the process that speaks HTTP and
+    passes it on has no torch.
+    """
     if isinstance(result, Accepted | Preview | SampledPictures):
         return result
-    return Hop(result.step, ray.put(result) if ray.is_initialized() else result)
+    packed = await asyncio.to_thread(pickle.dumps, result)
+    return Hop(result.step, packed if len(packed) <= _SMALL_BYTES else ray.put(packed))

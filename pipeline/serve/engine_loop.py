@@ -304,12 +304,13 @@ class EngineLoop:
         if pending.is_last and not pending.rest:
             self._answer(pending, values)
             return
-        joined = {name: torch.cat([value[name] for value in values]) for name in values[0]}
+        made = {stage.makes for stage in pending.phase.stages}
+        assert pending.batch is not None
+        batch = pending.batch.with_values(**{name: torch.cat([value[name] for value in values]) for name in made})
         if pending.rest or pending.phase.then is None:
-            assert pending.batch is not None
-            self._hand_on(pending, pending.batch.with_values(**joined))
+            self._hand_on(pending, batch)
             return
-        phase = pending.phase.then(joined)
+        phase = pending.phase.then(batch.values)
         with self._changed:
             self._begin_phase(pending, phase, is_last=phase.then is None)
             self._waiting.add(pending, pending.client)

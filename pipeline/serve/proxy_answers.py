@@ -11,7 +11,6 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable
 
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
@@ -26,10 +25,14 @@ _PROXYS_OWN = "/-/"
 """Beginning of the paths that proxies answer themselves: /-/healthz, /-/routes."""
 _PATIENCE_S = 0.2
 """How long a request may be unanswered before the proxy looks whether there is a process that takes it."""
+_ASK_EVERY_S = 0.7
+_PROBE_S = 10.0
 _ABSENT_S = 2.0
-"""As long as this without an answer to ``GET /livez``, and there is none: one that works answers in milliseconds."""
-_PROBE_S = 60.0
-_ABSENT = "the server starts, or its HTTP process has died and is started again"
+"""As long as this without an answer to ``GET /livez``, and new requests are refused: a process that works answers in
+milliseconds. So are those that only read, and wait already."""
+_STANDSTILL_S = 8.0
+"""The same for all that wait: a process that stands still may have taken them, and may go on."""
+_ABSENT = "no HTTP process takes requests: it starts, is full, or has died and is started again"
 
 
 def middlewares() -> list[Middleware]:
@@ -55,8 +58,8 @@ class ProxyAnswers:
             return
         body = _Body(receive)
         for _ in range(2):
-            answer = _Answer(send, self._presence.hear)
-            if not await self._presence.is_taken(scope, body.reader(), answer.send):
+            answer = _Answer(send)
+            if not await self._presence.is_taken(scope, body.reader(), answer):
                 break
             if answer.begun or body.client_has_left:
                 await answer.end_stream()
@@ -71,7 +74,7 @@ class ProxyAnswers:
 
 
 class _Presence:
-    """Whether an HTTP process takes requests: Ray Serve lets them wait without end while none does.
+    """Whether HTTP processes take requests: Ray Serve lets them wait without end while none does.
 
     Args:
         app: The proxy.
@@ -79,32 +82,38 @@ class _Presence:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._heard_s = -math.inf
-        """When an HTTP process last said anything."""
-        self._probe: asyncio.Task[None] | None = None
-        """At most one is under way, whatever the number of requests."""
-        self._asked_s = 0.0
+        self._taken_s = -math.inf
+        """When the latest request came that has been answered: an old one is still answered by a process that takes
+        none any more."""
+        self._probes = set[asyncio.Task[None]]()
+        """At most ``_PROBE_S / _ASK_EVERY_S``, whatever the number of requests: one alone may have met a process that
+        hangs, beside others that do not."""
+        self._asked_s = -math.inf
+        self._silent_since_s = 0.0
 
-    def hear(self) -> None:
-        """Note that an HTTP process has said something."""
-        self._heard_s = time.monotonic()
-
-    async def is_taken(self, scope: Scope, receive: Receive, send: Send) -> bool:
+    async def is_taken(self, scope: Scope, receive: Receive, answer: "_Answer") -> bool:
         """Pass a request on, to its end; False if it was given up because no process takes any.
 
-        One that has reached a process is never given up, however long it takes: a word from any of them after it came
-        says that they take requests.
+        One that came before another that has been answered is never given up, however long it takes.
         """
-        if self._unanswered_s() > _ABSENT_S:
+        if self._silent_s > _ABSENT_S:
+            self._ask()
             return False
         came_s = time.monotonic()
+        longest_s = _ABSENT_S if scope["method"] == "GET" else _STANDSTILL_S
+
+        async def send(message: Message) -> None:
+            await answer.send(message)
+            if answer.begun:
+                self._taken_s = max(self._taken_s, came_s)
+
         task = asyncio.ensure_future(self._app({**scope}, receive, send))
         try:
             await asyncio.wait({task}, timeout=_PATIENCE_S)
-            while not task.done() and self._heard_s < came_s:
+            while not task.done() and self._taken_s < came_s:
                 self._ask()
-                if self._unanswered_s() > _ABSENT_S:
-                    return False
+                if self._silent_s > longest_s:
+                    return answer.begun
                 await asyncio.wait({task}, timeout=_PATIENCE_S)
             await task
         finally:
@@ -114,15 +123,23 @@ class _Presence:
                     await task
         return True
 
-    def _unanswered_s(self) -> float:
-        return time.monotonic() - self._asked_s if self._probe is not None else 0.0
+    @property
+    def _silent_s(self) -> float:
+        """For how long nothing that came has been answered, as far as somebody asked."""
+        is_silent = self._probes and self._taken_s < self._silent_since_s
+        return time.monotonic() - self._silent_since_s if is_silent else 0.0
 
     def _ask(self) -> None:
-        if self._probe is None:
-            self._asked_s = time.monotonic()
-            self._probe = asyncio.create_task(self._ask_once())
+        now_s = time.monotonic()
+        if not self._silent_s:
+            self._silent_since_s = now_s
+        if now_s - self._asked_s >= _ASK_EVERY_S:
+            self._asked_s = now_s
+            probe = asyncio.create_task(self._ask_once(now_s))
+            self._probes.add(probe)
+            probe.add_done_callback(self._probes.discard)
 
-    async def _ask_once(self) -> None:
+    async def _ask_once(self, came_s: float) -> None:
         scope = {
             "type": "http",
             "asgi": {"version": "3.0"},
@@ -149,13 +166,14 @@ class _Presence:
         async def send(_message: Message) -> None:
             pass
 
+        answer = _Answer(send)
         try:
             async with asyncio.timeout(_PROBE_S):
-                await self._app(scope, receive, _Answer(send, self.hear).send)
+                await self._app(scope, receive, answer.send)
         except Exception as error:  # noqa: BLE001  (whatever a proxy raises: the requests themselves say it)
             _log.debug("no answer to GET /livez: %s", error)
-        finally:
-            self._probe = None
+        if answer.begun:
+            self._taken_s = max(self._taken_s, came_s)
 
 
 class _Body:
@@ -193,9 +211,8 @@ class _Body:
 class _Answer:
     """Passes an answer of the HTTP interface on, and keeps back one of the proxy's own."""
 
-    def __init__(self, send: Send, hear: Callable[[], None]) -> None:
+    def __init__(self, send: Send) -> None:
         self._send = send
-        self._hear = hear
         self._is_open_stream = False
         self.begun = False
         """Whether something was passed on."""
@@ -211,7 +228,6 @@ class _Answer:
         if self.is_proxys:
             return
         self.begun = True
-        self._hear()
         if message["type"] == "http.response.body" and not message.get("more_body", False):
             self._is_open_stream = False
         await self._send(message)

@@ -5,7 +5,7 @@ The first engine has CLIP and makes the items of every phase; each engine takes 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,10 +36,16 @@ def on_device(batch: Batch, device: torch.device | str) -> Batch:
     """A batch with all its tensors on a device."""
 
     def move(tensor: torch.Tensor) -> torch.Tensor:
+        if len(tensor) > 1 and not tensor.stride(0):  # one row for all items, as it stays
+            return tensor[:1].to(device).expand_as(tensor)
         return tensor.to(device)
 
-    values = {name: value.to(device) for name, value in batch.values.items()}
-    return replace(batch, text=map_rows(batch.text, move), values=values, negative=map_rows(batch.negative, move))
+    return _mapped(batch, move)
+
+
+def _mapped(batch: Batch, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+    values = {name: change(value) for name, value in batch.values.items()}
+    return replace(batch, text=map_rows(batch.text, change), values=values, negative=map_rows(batch.negative, change))
 
 
 def portable(batch: Batch, stages: Sequence[Stage]) -> Batch:
@@ -50,4 +56,9 @@ def portable(batch: Batch, stages: Sequence[Stage]) -> Batch:
     request = batch.request and replace(batch.request, edit=None)
     if stages and all(stage.dims is None for stage in stages):
         batch = replace(batch, text=batch.text[:0], negative=batch.negative and batch.negative[:0])
-    return on_device(replace(batch, request=request), "cpu")
+    return _mapped(on_device(replace(batch, request=request), "cpu"), _alone)
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor with nothing else in its memory: whoever pickles a part of another one sends all of that."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import gc
+import pickle
 import threading
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 from ray import serve
 from starlette.testclient import TestClient
 
@@ -26,7 +28,7 @@ from pipeline.runtime.remote_model import RemoteModel
 from pipeline.runtime.replicas import Hop, ModelReplica
 from pipeline.runtime.served import served_artifacts
 from pipeline.runtime.turns import Turns
-from pipeline.serve.protocols import Accepted, OtherNetworks, SampledPictures
+from pipeline.serve.protocols import Accepted, NotServing, OtherNetworks, SampledPictures
 from tests.tiny.collector import Collector, collecting
 from tests.tiny.shards import pixels, plain_picture
 from tests.tiny.workspace import served_workspace
@@ -384,7 +386,7 @@ def test_a_request_whose_networks_end_while_its_work_comes_ends_with_them(
         await replica.turn_to(digest_of(tables(2)))
         while not engines[1].is_closed:
             await asyncio.sleep(0.01)
-        work.set_result("work")
+        work.set_result(pickle.dumps("work"))
         engine, _ = await continued
         assert engine is engines[1]  # which raises NotServing: these networks do not come back
 
@@ -446,3 +448,24 @@ def test_a_chain_of_deployments_samples_what_the_cascade_does(recipe: Recipe, co
     stale: Any = {**tables, "artifacts": {**tables["artifacts"], "embed": "elsewhere"}}
     handles["decoder"].broadcast("reconfigure", {**stale, "part": "decoder", "steps": ["decoder"]}).results()
     assert client.post("/v1/images/generations", json=body).status_code == 200  # the older engine ends what it began
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("engines", "local_ray")
+def test_what_is_left_of_a_request_goes_by_reference_if_it_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def pass_on() -> None:
+        replica, served = ModelReplica(), digest_of(tables(1))
+        await replica.reconfigure(tables(1))
+        small, large = (SimpleNamespace(step="decoder", content=bytes(size)) for size in (1000, 1 << 20))
+        hops = [await replicas_module._sent(work) for work in (small, large)]
+        assert [type(hop.work) for hop in hops] == [bytes, ray.ObjectRef]
+        for work, hop in zip((small, large), hops, strict=True):
+            _, left = await replica._continued(served, hop)
+            assert left == work
+        lost = asyncio.get_running_loop().create_future()
+        lost.set_exception(ray.exceptions.ObjectLostError("ab", "", ""))
+        monkeypatch.setattr(replicas_module, "ObjectRef", asyncio.Future)
+        with pytest.raises(NotServing, match="the replica before this one has died"):
+            await replica._continued(served, Hop("decoder", lost))
+
+    asyncio.run(asyncio.wait_for(pass_on(), 60))

@@ -123,7 +123,7 @@ class Behind:
         await JSONResponse({"status": "ok"})(scope, receive, send)
 
 
-async def _get(app: Any, path: str) -> int:
+async def _get(app: Any, path: str, method: str = "GET") -> int:
     """The status of an answer."""
     statuses = list[int]()
 
@@ -134,7 +134,7 @@ async def _get(app: Any, path: str) -> int:
         if message["type"] == "http.response.start":
             statuses.append(message["status"])
 
-    await app({"type": "http", "method": "GET", "path": path, "headers": []}, receive, send)
+    await app({"type": "http", "method": method, "path": path, "headers": []}, receive, send)
     [status] = statuses
     return status
 
@@ -142,7 +142,9 @@ async def _get(app: Any, path: str) -> int:
 @pytest.fixture
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy_answers, "_PATIENCE_S", 0.01)
-    monkeypatch.setattr(proxy_answers, "_ABSENT_S", 0.1)
+    monkeypatch.setattr(proxy_answers, "_ASK_EVERY_S", 0.05)
+    monkeypatch.setattr(proxy_answers, "_ABSENT_S", 0.2)
+    monkeypatch.setattr(proxy_answers, "_STANDSTILL_S", 0.8)
 
 
 @pytest.mark.usefixtures("fast")
@@ -152,10 +154,10 @@ def test_where_no_process_takes_requests_they_are_refused_until_one_does() -> No
         app = middlewares()[0].cls(behind)
         behind.may_answer.set()
         assert await asyncio.gather(*(_get(app, "/readyz") for _ in range(3))) == [503] * 3
-        assert sorted(behind.paths) == ["/livez", *["/readyz"] * 3]
         assert behind.given_up == ["/readyz"] * 3
         assert await _get(app, "/readyz") == 503
-        assert len(behind.paths) == 4  # refused at once
+        assert behind.paths.count("/readyz") == 3  # refused at once
+        assert await _get(app, "/v1/images/generations", "POST") == 503
         behind.is_there.set()
         await asyncio.sleep(0.01)
         assert await _get(app, "/readyz") == 200
@@ -169,14 +171,72 @@ def test_a_request_that_a_process_has_taken_may_last_as_long_as_it_does() -> Non
         behind = Behind()
         app = middlewares()[0].cls(behind)
         behind.is_there.set()
-        asked = asyncio.ensure_future(_get(app, "/v1/images/generations"))
+        asked = asyncio.ensure_future(_get(app, "/v1/images/generations", "POST"))
         await asyncio.sleep(0.3)
         behind.is_there.clear()  # the process has it; a second one would find none
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(1)
         assert not asked.done()
         behind.may_answer.set()
         assert await asked == 200
         assert behind.paths == ["/v1/images/generations", "/livez"]
+
+    asyncio.run(ask())
+
+
+@pytest.mark.usefixtures("fast")
+def test_what_a_process_has_taken_that_stands_still_for_a_moment_is_not_lost() -> None:
+    async def ask() -> None:
+        behind = Behind()
+        behind.may_answer.set()
+        app = middlewares()[0].cls(behind)
+        asked = [asyncio.ensure_future(_get(app, "/v1/images/generations", "POST")) for _ in range(20)]
+        await asyncio.sleep(0.4)
+        assert await _get(app, "/v1/images/generations", "POST") == 503  # a new one
+        behind.is_there.set()
+        assert await asyncio.gather(*asked) == [200] * 20
+
+    asyncio.run(ask())
+
+
+@pytest.mark.usefixtures("fast")
+def test_one_process_that_hangs_closes_nothing_beside_others_that_do_not() -> None:
+    async def ask() -> None:
+        num_probes = 0
+
+        async def several(scope: Scope, receive: Receive, send: Send) -> None:
+            nonlocal num_probes
+            num_probes += scope["path"] == "/livez"
+            if scope["path"] == "/livez" and num_probes == 1:
+                await asyncio.Future()
+            if scope["path"] == "/slow":
+                await asyncio.sleep(0.4)
+            await JSONResponse({})(scope, receive, send)
+
+        app = middlewares()[0].cls(several)
+        assert await _get(app, "/slow", "POST") == 200
+        assert await _get(app, "/quick") == 200
+
+    asyncio.run(ask())
+
+
+@pytest.mark.usefixtures("fast")
+def test_a_process_that_only_ends_what_it_has_takes_no_requests() -> None:
+    async def ask() -> None:
+        async def ending(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["path"] != "/old":
+                await asyncio.Future()
+            headers = [(b"content-type", b"application/json")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            while True:
+                await send({"type": "http.response.body", "body": b" ", "more_body": True})
+                await asyncio.sleep(0.02)
+
+        app = middlewares()[0].cls(ending)
+        old = asyncio.ensure_future(_get(app, "/old", "POST"))
+        await asyncio.sleep(0.1)
+        assert await _get(app, "/new") == 503
+        assert not old.done()
+        old.cancel()
 
     asyncio.run(ask())
 
@@ -192,7 +252,7 @@ def test_a_request_whose_process_dies_is_not_kept_for_the_next_one() -> None:
             behind.paths.append("died")
 
         app = middlewares()[0].cls(die)
-        assert await _get(app, "/v1/images/generations") == 503
+        assert await _get(app, "/v1/images/generations", "POST") == 503
         assert behind.given_up == ["/v1/images/generations"]
 
     asyncio.run(ask())
