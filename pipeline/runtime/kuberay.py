@@ -121,9 +121,12 @@ def ray_service(recipe: Recipe, image: str, announce: Announce) -> str:
     recipe = replace(recipe, serve=_apart(replace(recipe.serve, gateway=gateway), parts_of(recipe)))
     spec["serveConfigV2"] = serve_file(recipe, announce)
     [group] = cluster["workerGroupSpecs"]
+    gpus = {part: needs_of_replica(recipe.serve, part).get("GPU", 0.0) for part in parts_of(recipe)}
+    for part, number in gpus.items():
+        if number % 1:
+            announce(f"{part}: {number:g} GPU a copy; on Kubernetes each copy has a machine with {math.ceil(number)}")
     cluster["workerGroupSpecs"] = [
-        _group(part, place_of(recipe.serve, part), group, image, needs_of_replica(recipe.serve, part).get("GPU", 0.0))
-        for part in parts_of(recipe)
+        _group(part, place_of(recipe.serve, part), group, image, number) for part, number in gpus.items()
     ]
     if has_own:
         cluster["workerGroupSpecs"].append(_group(HTTP, gateway, {**group, "labels": {}}, image))

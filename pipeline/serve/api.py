@@ -176,7 +176,7 @@ def _openai(model: PictureModel, neighbours: Neighbours | None, settings: ApiSet
             del form  # its files are not needed any more, and pictures take long
             end_body(request)
             if isinstance(edit, PcaReconstruction):
-                note_pixels((len(edit.components) + 1) * side_of(body.size, settings.card.image_px) ** 2)
+                note_pixels(body.num_images * side_of(body.size, settings.card.image_px) ** 2)
                 edit = await while_connected(request, until(ends_s, with_embeddings(edit, model)))
             body = body.model_copy(update={"timeout": left_of(ends_s) or None})
             generation = Generation(

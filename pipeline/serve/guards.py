@@ -147,7 +147,7 @@ class Guards:
                 refused_by=facts.refused_by,
                 pixels=facts.pixels,
             )
-            if self._log:
+            if self._log and scope["path"] != "/livez":  # probes: of Kubernetes, and of Ray Serve's proxies
                 self._log.write(scope, facts, status, duration_s)
             CURRENT.reset(token)
 

@@ -151,6 +151,20 @@ def test_a_rayservice_has_machines_for_what_its_http_processes_ask_for(
     assert sizes == ([] if expected is None else [expected])
 
 
+def test_a_part_of_a_gpu_is_a_whole_one_on_kubernetes_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    serve = {"host": "0.0.0.0", "keys": "keys.json", "accelerator": "cuda", "mode": "chain"}
+    serve |= {"decoder": {"gpus_per_replica": 0.5}}
+    monkeypatch.setattr("pipeline.runtime.kuberay.serve_file", Mock(return_value="applications: []\n"))
+    lines: list[str] = []
+    service = yaml.safe_load(
+        ray_service(parse_recipe({"workspace": "s3://b/w", "serve": serve}), "unclip", lines.append)
+    )
+    assert lines == ["decoder: 0.5 GPU a copy; on Kubernetes each copy has a machine with 1"]
+    [group] = [one for one in service["spec"]["rayClusterConfig"]["workerGroupSpecs"] if one["groupName"] == "decoder"]
+    [container] = group["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+
+
 @pytest.mark.parametrize(
     "serve",
     [

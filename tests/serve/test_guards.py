@@ -334,6 +334,14 @@ def test_the_access_log_is_json_lines_without_prompts_and_keys(keys: Path, tmp_p
         assert key not in log.read_text()
 
 
+def test_the_access_log_leaves_out_whether_the_process_lives(tmp_path: Path) -> None:
+    log = tmp_path / "access.jsonl"
+    app = TestClient(guarded(GuardSettings(access_log=str(log))), base_url="http://localhost")
+    for path in ("/livez", "/readyz"):
+        app.get(path)
+    assert [json.loads(line)["path"] for line in log.read_text().splitlines()] == ["/readyz"]
+
+
 def test_a_log_that_cannot_be_written_ends_no_request_and_its_lines_are_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
