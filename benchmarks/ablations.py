@@ -6,7 +6,7 @@
 
 Data, CLIP, prior and upsamplers are the demo's own. Each recipe trains what it changes, which is the decoder and, with
 hard negatives, CLIP and prior; then it samples the 240 held-out prompts and checks their pixels. The first row is the
-demo itself. A row takes about 25 minutes of two cores, as `unclip run configs/ablations/NAME.toml` does, and half of
+demo itself. A row takes about half an hour of two cores, as `unclip run configs/ablations/NAME.toml` does, and half of
 them with half of the samples. No Ray runs. A recipe without a row was not measured.
 
 Rows that say 1,100 steps are of the demo as it was, with 2,200 steps of the decoder: `--share 0.32` repeats them.
