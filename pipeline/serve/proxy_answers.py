@@ -32,6 +32,8 @@ _ABSENT_S = 2.0
 milliseconds. So are those that only read, and wait already."""
 _STANDSTILL_S = 8.0
 """The same for all that wait: a process that stands still may have taken them, and may go on."""
+_AGAIN_S = 30.0
+"""The same for those whose process died: they wait for its successor."""
 _ABSENT = "no HTTP process takes requests: it starts, is full, or has died and is started again"
 
 
@@ -56,10 +58,12 @@ class ProxyAnswers:
         if scope["type"] != "http" or scope["path"].startswith(_PROXYS_OWN):
             await self._app(scope, receive, send)
             return
-        body = _Body(receive)
-        for _ in range(2):
+        body, reads = _Body(receive), scope["method"] in {"GET", "HEAD"}
+        for longest_s in (_ABSENT_S if reads else _STANDSTILL_S, _AGAIN_S):
             answer = _Answer(send)
-            if not await self._presence.is_taken(scope, body.reader(), answer):
+            if longest_s != _AGAIN_S and not self._presence.may_come():
+                break
+            if not await self._presence.is_taken(scope, body.reader(), answer, longest_s):
                 break
             if answer.begun or body.client_has_left:
                 await answer.end_stream()
@@ -91,16 +95,19 @@ class _Presence:
         self._asked_s = -math.inf
         self._silent_since_s = 0.0
 
-    async def is_taken(self, scope: Scope, receive: Receive, answer: "_Answer") -> bool:
-        """Pass a request on, to its end; False if it was given up because no process takes any.
+    def may_come(self) -> bool:
+        """Whether a new request may be passed on, as far as is known; if not, it is asked again."""
+        if self._silent_s <= _ABSENT_S:
+            return True
+        self._ask()
+        return False
+
+    async def is_taken(self, scope: Scope, receive: Receive, answer: "_Answer", longest_s: float) -> bool:
+        """Pass a request on, to its end; False if it was given up because no process took any for ``longest_s``.
 
         One that came before another that has been answered is never given up, however long it takes.
         """
-        if self._silent_s > _ABSENT_S:
-            self._ask()
-            return False
         came_s = time.monotonic()
-        longest_s = _ABSENT_S if scope["method"] == "GET" else _STANDSTILL_S
 
         async def send(message: Message) -> None:
             await answer.send(message)

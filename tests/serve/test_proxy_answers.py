@@ -145,6 +145,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proxy_answers, "_ASK_EVERY_S", 0.05)
     monkeypatch.setattr(proxy_answers, "_ABSENT_S", 0.2)
     monkeypatch.setattr(proxy_answers, "_STANDSTILL_S", 0.8)
+    monkeypatch.setattr(proxy_answers, "_AGAIN_S", 2.0)
 
 
 @pytest.mark.usefixtures("fast")
@@ -242,9 +243,11 @@ def test_a_process_that_only_ends_what_it_has_takes_no_requests() -> None:
 
 
 @pytest.mark.usefixtures("fast")
-def test_a_request_whose_process_dies_is_not_kept_for_the_next_one() -> None:
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_request_whose_process_dies_waits_for_the_next_one(comes_back: bool) -> None:
     async def ask() -> None:
         behind = Behind()
+        behind.may_answer.set()
 
         async def die(scope: Scope, receive: Receive, send: Send) -> None:
             if behind.paths:
@@ -252,7 +255,13 @@ def test_a_request_whose_process_dies_is_not_kept_for_the_next_one() -> None:
             behind.paths.append("died")
 
         app = middlewares()[0].cls(die)
-        assert await _get(app, "/v1/images/generations", "POST") == 503
-        assert behind.given_up == ["/v1/images/generations"]
+        asked = asyncio.ensure_future(_get(app, "/v1/images/generations", "POST"))
+        await asyncio.sleep(1.2)
+        assert not asked.done()
+        assert await _get(app, "/readyz") == 503
+        if comes_back:
+            behind.is_there.set()
+        assert await asked == (200 if comes_back else 503)
+        assert behind.given_up.count("/v1/images/generations") == (not comes_back)
 
     asyncio.run(ask())
