@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.data.causes import CLASSES
@@ -17,6 +17,8 @@ from pipeline.workspace.store import LIVE, RECORD_SUFFIX, Artifact
 _MIN_ROWS_TO_JUDGE = 1000
 _NUM_SHOWN = 4
 _READ_EVERY_S = 2.0
+_PAUSES = 4.0
+"""Pause after a look, in times of its own: a fifth of the driver's time, at most, goes into looks."""
 TOO_FEW = f"{LIVE}too-few.json"
 """There if the step was stopped because too few rows came through: the limit, later the files that go because of it."""
 
@@ -29,20 +31,20 @@ class DownloadWatch:
         self._causes: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
         self._records: list[ShardRecord] = []
-        self._readings: dict[str, tuple[float, ShardReading, dict[str, int]]] = {}
+        self._readings: dict[str, tuple[ShardReading, dict[str, int]]] = {}
+        self._next_look = float("-inf")
 
-    def read(self, shard: str) -> ShardReading:
-        """How far a shard is; looked at every few seconds."""
-        now = time.monotonic()
-        read_at, reading, _ = self._readings.get(shard, (float("-inf"), ShardReading(), {}))
-        if now - read_at < _READ_EVERY_S:
-            return reading
-        causes = dict[str, int]()
-        values = self._output.find_json(progress_name(shard))
-        if values is not None:
-            reading, causes = ShardReading(values["rows"], values["beat"]), values["causes"]
-        self._readings[shard] = (now, reading, causes)
-        return reading
+    def read(self, shards: Sequence[str]) -> dict[str, ShardReading]:
+        """How far shards are, many files at a time, every few seconds; between two looks it answers nothing at once."""
+        began = time.monotonic()
+        if began < self._next_look:
+            return {}
+        for shard, values in zip(shards, self._output.find_jsons(list(map(progress_name, shards))), strict=True):
+            if values is not None:
+                self._readings[shard] = ShardReading(values["rows"], values["beat"]), values["causes"]
+        ended = time.monotonic()
+        self._next_look = ended + max(_READ_EVERY_S, _PAUSES * (ended - began))
+        return {shard: self._readings[shard][0] if shard in self._readings else ShardReading() for shard in shards}
 
     def add(self, records: list[ShardRecord]) -> None:
         """Take note of shards that are finished."""
@@ -86,7 +88,7 @@ class DownloadWatch:
 
     def note(self) -> str:
         """The most frequent causes of failures until now."""
-        causes = sum((Counter(causes) for _, _, causes in self._readings.values()), self._causes.copy())
+        causes = sum((Counter(causes) for _, causes in self._readings.values()), self._causes.copy())
         shown = ", ".join(f"{count} {cause}" for cause, count in causes.most_common(_NUM_SHOWN))
         return f"failed: {shown}" if shown else ""
 

@@ -8,7 +8,7 @@ commits it, and a lost worker costs one shard.
 import platform
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -63,8 +63,11 @@ class ShardJob:
     """Shards that one worker makes at a time, in threads; above 1, ``worker`` is called from several at once."""
     limit_s: float | None = None
     """Longest time without a new reading of a shard before its worker counts as lost, in seconds."""
-    read: Callable[[str], ShardReading] = field(default=lambda _shard: ShardReading())
-    """How far a shard is that a worker is making."""
+    read: Callable[[Sequence[str]], Mapping[str, ShardReading]] = field(
+        default=lambda shards: dict.fromkeys(shards, ShardReading())
+    )
+    """How far the shards are that workers are making. It is called again and again, with all of them, and looks at them
+    together; a shard that it did not look at since its last call is not in the answer, and is not silent meanwhile."""
     on_loss: Callable[[str, int], bool] | None = None
     """Called when a shard lost its worker, with how often it did; returns whether it is tried again. None: it is up to
     ``max_retries`` times."""
@@ -181,6 +184,7 @@ class _Pool:
     def __init__(self, context: StepContext, job: ShardJob, waiting: deque[str]) -> None:
         self._context = context
         self._job = job
+        self._limit_s = job.limit_s or float("inf")
         self._waiting = waiting
         self._losses: Counter[str] = Counter()
         self._running: dict[Any, _Running] = {}
@@ -214,15 +218,13 @@ class _Pool:
 
     def poll(self) -> list[ShardRecord]:
         """Wait a moment; returns the new records, and replaces lost workers."""
-        ready, _ = ray.wait(list(self._running), num_returns=1, timeout=_POLL_S)
-        records = [record for reference in ready if (record := self._collect(reference)) is not None]
-        limit_s = self._job.limit_s or float("inf")
-        for reference, running in list(self._running.items()):
-            if running.shard is None:
-                continue
-            is_silent = running.is_silent(self._job.read(running.shard), limit_s)
-            if is_silent and reference in self._running:
-                self._handle_loss(running, f"nothing came of it for {limit_s:.0f} s")
+        ray.wait(list(self._running), num_returns=1, timeout=_POLL_S)
+        records = self._collect()
+        if silent := self._silent():
+            records += self._collect()  # what is finished by now was not silent, however long the look took
+        for reference, running in silent.items():
+            if reference in self._running:
+                self._handle_loss(running, f"nothing came of it for {self._limit_s:.0f} s")
         return records
 
     @property
@@ -235,22 +237,48 @@ class _Pool:
         for running in self._running.values():
             ray.kill(running.actor)
 
-    def _collect(self, reference: Any) -> ShardRecord | None:
-        running = self._running[reference]
+    def _collect(self) -> list[ShardRecord]:
+        """Take over all that is ready, give its workers new shards, and replace those that were lost.
+
+        All of it, because a look at the shards under way comes after: its time must not be that of one shard.
+        """
+        ready, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
+        results = {reference: self._result(reference) for reference in ready}
+        lost = {self._running[reference].actor: None for reference, one in results.items() if isinstance(one, str)}
+        records, free = list[ShardRecord](), dict[Any, None]()
+        for reference, result in results.items():
+            if isinstance(result, str):
+                continue
+            actor = self._running.pop(reference).actor
+            if isinstance(result, ShardRecord):
+                records.append(result)
+            else:
+                start_s, self.hosts[actor] = result
+                self.first_start_s = start_s if self.first_start_s is None else self.first_start_s
+            if actor not in lost:
+                free[actor] = None
+        for actor in free:
+            self._assign_shards(actor)
+        for reference, reason in results.items():
+            if isinstance(reason, str) and reference in self._running:  # else it went with another of its worker
+                self._handle_loss(self._running[reference], reason)
+        return records
+
+    def _result(self, reference: Any) -> ShardRecord | tuple[float, str] | str:
+        """What a worker returned; why, if it was lost."""
         try:
-            result: ShardRecord | tuple[float, str] = ray.get(reference)
+            return ray.get(reference)
         except ray.exceptions.RayTaskError as error:
-            raise _explain(error, running.shard) from (None if isinstance(error.cause, UnclipError) else error)
+            shard = self._running[reference].shard
+            raise _explain(error, shard) from (None if isinstance(error.cause, UnclipError) else error)
         except ray.exceptions.RayError as error:
-            self._handle_loss(running, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
-            return None
-        del self._running[reference]
-        self._assign_shards(running.actor)
-        if isinstance(result, ShardRecord):
-            return result
-        start_s, self.hosts[running.actor] = result
-        self.first_start_s = start_s if self.first_start_s is None else self.first_start_s
-        return None
+            return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+
+    def _silent(self) -> dict[Any, _Running]:
+        """The shards of which nothing came for too long, after another look at all."""
+        made = {one.shard: (reference, one) for reference, one in self._running.items() if one.shard is not None}
+        readings = self._job.read(list(made)) if made else {}
+        return dict(made[shard] for shard, one in readings.items() if made[shard][1].is_silent(one, self._limit_s))
 
     def _assign_shards(self, actor: Any) -> None:
         """Give a worker as many shards as it makes at once; one that took a worker down before is made alone."""

@@ -242,6 +242,17 @@ class Folder:
         content = self.find_bytes(name)
         return None if content is None else self._parsed(name, content)
 
+    def find_jsons(self, names: Sequence[str]) -> list[Any]:
+        """As ``find_json`` of each, many at a time from an object store.
+
+        Raises:
+            DataError: If one is malformed.
+        """
+        paths = [f"{self._base}/{name}" for name in names]
+        contents = map(content_of, paths) if self._is_local else self._files.find_files(paths)
+        pairs = zip(names, contents, strict=True)
+        return [None if content is None else self._parsed(name, content) for name, content in pairs]
+
     def exists(self, name: str) -> bool:
         """Whether the folder has the file.
 

@@ -179,24 +179,33 @@ class ObjectStore:
         Raises:
             FileNotFoundError: If one is not there.
         """
-        contents = dict[str, bytes]()
+        contents = self.find_files(paths)
+        if None in contents:
+            raise FileNotFoundError(paths[contents.index(None)])
+        return cast("list[bytes]", contents)
+
+    def find_files(self, paths: Sequence[str]) -> list[bytes | None]:
+        """As ``cat_files``; None in the place of a file that is not there."""
+        contents = dict[str, bytes | None]()
         for start in range(0, len(paths), _BATCH):
             self._ask(functools.partial(self._cat_missing, paths[start : start + _BATCH], contents))
         return [contents[path] for path in paths]
 
-    def _cat_missing(self, paths: Sequence[str], contents: dict[str, bytes]) -> None:
+    def _cat_missing(self, paths: Sequence[str], contents: dict[str, bytes | None]) -> None:
         """Add the files to ``contents`` that are not in it yet, also if others of them fail."""
         missing = [path for path in paths if path not in contents]
         # Not `cat`, which takes a name with brackets for a pattern.
         answers: list[bytes | Exception] = self._files.cat_ranges(missing, None, None, **self._one_request)
         errors = list[Exception]()
         for path, answer in zip(missing, answers, strict=True):
-            if isinstance(answer, Exception):
-                errors.append(answer)
-            else:
+            if not isinstance(answer, Exception):
                 contents[path] = answer
+            elif isinstance(answer, FileNotFoundError) and not isinstance(answer.__cause__, OSError):
+                contents[path] = None
+            else:
+                errors.append(answer)
         if errors:
-            raise next((error for error in errors if isinstance(error, FileNotFoundError)), errors[0])
+            raise errors[0]
 
     def open(self, path: str, buffer_bytes: int = 64 << 10) -> Any:
         """Open a file for reading by ranges: only what is read is fetched, ``buffer_bytes`` at the least.

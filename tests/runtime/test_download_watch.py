@@ -1,12 +1,17 @@
-"""Which shards are made again after a download that was stopped because too few rows came through."""
+"""How the driver of a download looks at its shards; which are made again after a stop for too few good rows."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from pipeline.recipe.sections import DownloadConfig
-from pipeline.runtime.download_watch import TOO_FEW, remove_bad_shards
+from pipeline.runtime import download_watch
+from pipeline.runtime.download_watch import TOO_FEW, DownloadWatch, progress_name, remove_bad_shards
+from pipeline.runtime.pool import ShardReading
 from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.store import Artifact
 
@@ -49,3 +54,34 @@ def test_all_shards_stay_if_enough_came_by_the_limit_of_now(tmp_path: Path) -> N
     remove_bad_shards(output, replace(_CONFIG, resources=replace(_CONFIG.resources, min_success_prob=0.4)))
     assert [*output.shard_records()] == ["00000", "00001"]
     assert not output.exists(TOO_FEW)
+
+
+def test_shards_are_looked_at_together_and_a_long_look_makes_a_long_pause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, looks, now, look_s = Artifact(str(tmp_path)), list[Sequence[str]](), 0.0, 0.1
+    find = Artifact.find_jsons
+
+    def find_jsons(artifact: Artifact, names: Sequence[str]) -> list[Any]:
+        nonlocal now
+        looks.append(names)
+        now += look_s
+        return find(artifact, names)
+
+    monkeypatch.setattr(Artifact, "find_jsons", find_jsons)
+    monkeypatch.setattr(download_watch, "time", SimpleNamespace(monotonic=lambda: now))
+    output.write_json(progress_name("a"), {"rows": 3, "beat": 1, "causes": {"timeout": 2}})
+    watch, shards = DownloadWatch(output), ["a", "b"]
+    readings = {"a": ShardReading(3, 1), "b": ShardReading()}
+    assert watch.read(shards) == readings
+    assert watch.note() == "failed: 2 timeout"
+    assert looks == [[*map(progress_name, shards)]]
+    assert watch.read(shards) == {}
+    now, look_s = now + 2.0, 30.0
+    output.remove(progress_name("a"))
+    assert watch.read(shards) == readings  # nothing new
+    now += 119.0
+    assert watch.read(shards) == {}
+    now += 1.0
+    assert watch.read(shards) == readings
+    assert len(looks) == 3

@@ -6,7 +6,7 @@ import re
 import signal
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -186,7 +186,7 @@ def test_map_shards_waits_for_a_shard_whose_readings_change_and_counts_its_rows(
         100,
         _ONE,
         limit_s=2,
-        read=lambda _shard: ShardReading(rows=int(10 * (time.monotonic() - start))),
+        read=lambda shards: dict.fromkeys(shards, ShardReading(rows=int(10 * (time.monotonic() - start)))),
     )
     counts: list[int] = []
     update = Progress.update
@@ -212,12 +212,12 @@ class _Slow(_Stage):
 def test_a_driver_that_waits_for_storage_does_not_hold_it_against_a_worker(tmp_path: Path) -> None:
     beats, losses = iter(range(1000)), list[str]()
 
-    def read(_shard: str) -> ShardReading:
+    def read(shards: Sequence[str]) -> dict[str, ShardReading]:
         """The first is nothing new, after a wait that is longer than the limit."""
         beat = next(beats)
         if not beat:
             time.sleep(2)
-        return ShardReading(beat=beat)
+        return dict.fromkeys(shards, ShardReading(beat=beat))
 
     def on_loss(shard: str, _number: int) -> bool:
         losses.append(shard)

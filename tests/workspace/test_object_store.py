@@ -126,6 +126,9 @@ def test_no_request_is_made_that_says_what_is_known(
     assert kinds() == ["PUT"] * 3 + ["GET"] * 3
     with pytest.raises(DataError, match=r"no file 4\.json"):
         artifact.read_jsons(["0.json", "4.json"])
+    kinds()
+    assert artifact.find_jsons(["0.json", "none.json", "2.json"]) == [0, None, 2]
+    assert kinds() == ["GET"] * 3
 
 
 def test_a_file_that_differs_from_its_record_is_not_kept(

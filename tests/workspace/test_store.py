@@ -185,6 +185,7 @@ def test_storage_that_does_not_answer_is_not_taken_for_an_empty_folder(
 
 _READS: dict[str, Callable[[Artifact], Any]] = {
     "find_json": lambda artifact: artifact.find_json("value.json"),
+    "find_jsons": lambda artifact: artifact.find_jsons(["none.json", "value.json"]),
     "read_json": lambda artifact: artifact.read_json("value.json"),
     "read_jsons": lambda artifact: artifact.read_jsons(["value.json"]),
     "describe": lambda artifact: artifact.describe("data.bin"),

@@ -121,6 +121,10 @@ def test_of_many_files_only_one_that_failed_is_asked_for_again(bucket: str, s3_s
     }
     with pytest.raises(DataError, match="no file gone"):
         artifact.read_jsons([*names, "gone.json"])
+    s3_server.requests()
+    s3_server.fail("500", "GET", "/7.json")
+    assert artifact.find_jsons(["gone.json", *names]) == [None, *range(20)]
+    assert len(s3_server.counted()) == 22
 
 
 def test_a_missing_bucket_is_one_sentence(bucket: str) -> None:
