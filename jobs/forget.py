@@ -98,7 +98,7 @@ def _rewrite(place: Workspace, lock: Lock, recipe: Recipe | None, address: str) 
     from pipeline.runtime.forget import finish_forgetting
 
     with connect(address) if pending.indexes else contextlib.nullcontext():
-        return finish_forgetting(place, lock.check, recipe)
+        return finish_forgetting(place, lock.check, lambda text: typer.echo(text, err=True), recipe)
 
 
 def _print_search(search: "Search", recipe: str, *, is_forgotten: bool) -> None:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from pipeline.errors import StepError
 from pipeline.forget.rewrite import rewrite
@@ -46,13 +47,21 @@ def forget(workspace: Workspace, search: Search, check: Callable[[], None]) -> N
         delete(workspace.artifact("index", key), names, check)
 
 
-def finish(workspace: Workspace, compact_index: Callable[[str], None], check: Callable[[], None]) -> Pending | None:
+def finish(
+    workspace: Workspace,
+    compact_index: Callable[[str], None],
+    check: Callable[[], None],
+    say: Callable[[str], object] = lambda _text: None,
+) -> Pending | None:
     """Rewrite everything that still holds forgotten rows; nothing to do if there is nothing.
+
+    Stopped anywhere, it goes on with the shards that were left half a minute before.
 
     Args:
         workspace: The workspace, locked.
         compact_index: Builds one segment from all of an index, by its key.
         check: Raises StepError if the lock was lost; called before each commit.
+        say: Is told every half minute, in words, how far it is.
 
     Returns:
         What was done; None if nothing was to be done. Its removals have also the indexes of which no row is left, and
@@ -69,7 +78,8 @@ def finish(workspace: Workspace, compact_index: Callable[[str], None], check: Ca
     forgotten, pending = Forgotten.read(workspace.root), replace(work, has_begun=True)
     _write(workspace, pending, check)
     for one in work.rewrites:
-        rewrite(workspace.artifact(one.step, one.key), one, forgotten, check)
+        note = partial(_note_left, workspace, pending, check, say)
+        rewrite(workspace.artifact(one.step, one.key), one, forgotten, check, note)
         pending = replace(pending, rewrites=pending.rewrites[1:])
         _write(workspace, pending, check)
     for step, key in work.removals:
@@ -118,6 +128,15 @@ def _remove_grids(workspace: Workspace, check: Callable[[], None]) -> None:
 def _write(workspace: Workspace, pending: Pending, check: Callable[[], None]) -> None:
     check()
     pending.write(workspace.root)
+
+
+def _note_left(
+    workspace: Workspace, pending: Pending, check: Callable[[], None], say: Callable[[str], object], left: Sequence[str]
+) -> None:
+    """Keep which shards of the first artifact are left."""
+    one, *others = pending.rewrites
+    _write(workspace, replace(pending, rewrites=(replace(one, shards=tuple(left)), *others)), check)
+    say(f"forgotten rows leave {one.step}: {len(one.shards) - len(left)} of {len(one.shards)} shards are rewritten")
 
 
 def _require_unread(workspace: Workspace, pending: Pending) -> None:

@@ -2,14 +2,17 @@
 
 A list of pairs and a shard of the download keep the row, empty and counted as a failure of the class ``forgotten``, so
 that the rows after it keep their numbers and keys, and rows in are rows out. Labels and embeddings lose the row.
-To rewrite a shard a second time changes nothing, so that what was killed is done again. Memory is that of one shard.
+To rewrite a shard a second time changes nothing, so that what was killed is done again. Memory is that of the shards
+that are rewritten at once, without their pictures.
 """
 
 import itertools
 import json
 import operator
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -43,8 +46,18 @@ from pipeline.workspace.store import ALL_RECORDS, LIVE, MANIFEST, RECORD_SUFFIX,
 
 Counts = dict[str, int]
 
+_THREADS = 8
+"""Shards that are rewritten at once: one of the download moves its tar both ways, and 10,000 embeddings take 100 MB."""
+_NOTE_EVERY_S = 30.0
 
-def rewrite(artifact: Artifact, work: Rewrite, forgotten: Forgotten, check: Callable[[], None]) -> None:
+
+def rewrite(
+    artifact: Artifact,
+    work: Rewrite,
+    forgotten: Forgotten,
+    check: Callable[[], None],
+    note: Callable[[Sequence[str]], object],
+) -> None:
     """Rewrite some shards of an artifact without the forgotten rows, then its manifest.
 
     What is left of an artifact that somebody has removed since goes, too.
@@ -54,6 +67,7 @@ def rewrite(artifact: Artifact, work: Rewrite, forgotten: Forgotten, check: Call
         work: The shards.
         forgotten: What is forgotten.
         check: Raises StepError if the lock of the workspace was lost.
+        note: Is called every half minute with the shards that are left, in their order.
 
     Raises:
         DataError: If a file is damaged.
@@ -67,10 +81,13 @@ def rewrite(artifact: Artifact, work: Rewrite, forgotten: Forgotten, check: Call
     if manifest is None and work.step == "download":
         adopt(artifact, lambda _done, _total: check())  # what a retry gained is no part of shards under way
     artifact.remove(ALL_RECORDS)
-    for shard in work.shards:
+
+    def rewrite_one(shard: str) -> None:
         check()
         _drop_checksums(artifact, shard)
         _REWRITERS[work.step](artifact, shard, forgotten)
+
+    _for_each(work.shards, rewrite_one, note)
     check()
     if manifest is None:
         for name in [name for name in artifact.names() if name.startswith((f"{LIVE}parts/", f"{LIVE}retry-"))]:
@@ -82,6 +99,23 @@ def rewrite(artifact: Artifact, work: Rewrite, forgotten: Forgotten, check: Call
     former = [*manifest.former_contents, work.content]
     contents = tuple(dict.fromkeys(one for one in former if one != content_of(new)))
     artifact.write_json(MANIFEST, replace(new, former_contents=contents).to_dict())
+
+
+def _for_each(
+    shards: Sequence[str], rewrite_one: Callable[[str], None], note: Callable[[Sequence[str]], object]
+) -> None:
+    """Rewrite several shards at a time; an error ends it when those under way are done."""
+    noted_at = time.monotonic()
+    with ThreadPoolExecutor(_THREADS) as threads:
+        futures = [threads.submit(rewrite_one, shard) for shard in shards]
+        try:
+            for number, future in enumerate(futures, 1):
+                future.result()
+                if time.monotonic() - noted_at >= _NOTE_EVERY_S:
+                    note(shards[number:])
+                    noted_at = time.monotonic()
+        finally:
+            threads.shutdown(cancel_futures=True)
 
 
 def _manifest_of(artifact: Artifact, manifest: Manifest, step: str, forgotten: Forgotten) -> Manifest:

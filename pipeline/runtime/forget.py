@@ -10,19 +10,22 @@ from pipeline.workspace.forgotten import Pending
 from pipeline.workspace.store import Workspace
 
 
-def finish_forgetting(workspace: Workspace, check: Callable[[], None], recipe: Recipe | None = None) -> Pending | None:
+def finish_forgetting(
+    workspace: Workspace, check: Callable[[], None], say: Callable[[str], object], recipe: Recipe | None = None
+) -> Pending | None:
     """Rewrite everything that still holds forgotten rows; see ``pipeline.forget.forget.finish``.
 
     Args:
         workspace: The workspace, locked; Ray is connected if an index has to be built anew.
         check: Raises StepError if the lock was lost.
+        say: Is told every half minute, in words, how far it is.
         recipe: The recipe that runs; the resources of its index count for that index.
     """
 
     def compact_index(key: str) -> None:
         index.compact(*_recipe_of(workspace, key, recipe), check)
 
-    return finish(workspace, compact_index, check)
+    return finish(workspace, compact_index, check, say)
 
 
 def _recipe_of(workspace: Workspace, key: str, recipe: Recipe | None) -> tuple[Recipe, Step]:

@@ -82,7 +82,7 @@ def run_recipe(
         write_last_run(recipe)
         note_run(workspace.root)
         may_start = at_once if address else fits_now
-        if work := finish_forgetting(workspace, lock.check, recipe):
+        if work := finish_forgetting(workspace, lock.check, observer.warned, recipe):
             for step, key in work.removals:
                 observer.warned(f"{step}/{key} is removed: it had pairs that are forgotten, or may have had")
             statuses = plan_status(workspace, [status.step for status in statuses])

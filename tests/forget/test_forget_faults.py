@@ -5,7 +5,9 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -15,14 +17,16 @@ import tomli_w
 from pipeline.data.retries import adopt, staged_in
 from pipeline.data.shards import ShardPictures
 from pipeline.errors import StepError
+from pipeline.forget import rewrite
+from pipeline.forget.forget import finish
 from pipeline.recipe.plan import make_plan, manifest_of
 from pipeline.recipe.recipe import to_dict
 from pipeline.retrieve import NeighbourIndex
 from pipeline.runtime.step_task import forget_if_inputs_changed
 from pipeline.workspace import folder
-from pipeline.workspace.forgotten import FORGOTTEN, Forgotten, Pending
+from pipeline.workspace.forgotten import FORGOTTEN, Forgotten, Pending, Rewrite
 from pipeline.workspace.lock import in_use, locked_workspace
-from pipeline.workspace.store import INPUTS, MANIFEST, Artifact
+from pipeline.workspace.store import INPUTS, MANIFEST, Artifact, Workspace
 from tests.filter.planted import make_context
 from tests.forget.made import (
     BY_UID,
@@ -32,6 +36,7 @@ from tests.forget.made import (
     copy_of,
     forget_names,
     texts_of,
+    unlocked,
     without_none,
 )
 from tests.tiny.command import unclip_here
@@ -153,6 +158,46 @@ def test_killed_anywhere_it_is_done_again_with_the_same_bytes(
     for name in ("pairs", "download", "filter", "embed", "filter_embeddings"):
         assert _files(made, name) == _files(other, name)
     assert NeighbourIndex.open(made.artifact("index")).num_rows == 26
+
+
+def _pending(workspace: Workspace, shards: str, rewrite_one: Callable[[str], None], patch: pytest.MonkeyPatch) -> None:
+    """Some shards of a download under way, which a function stands for."""
+    Pending((Rewrite("download", "key", tuple(shards)),)).write(workspace.root)
+    patch.setitem(rewrite._REWRITERS, "download", lambda _artifact, shard, _forgotten: rewrite_one(shard))
+
+
+def test_a_takedown_that_was_stopped_goes_on_with_the_shards_that_are_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace, rewritten, said, stops = Workspace(str(tmp_path)), list[str](), list[str](), ["c"]
+
+    def rewrite_one(shard: str) -> None:
+        if shard in stops:
+            stops.remove(shard)
+            raise StepError("stopped")
+        rewritten.append(shard)
+
+    _pending(workspace, "abcde", rewrite_one, monkeypatch)
+    monkeypatch.setattr(rewrite, "_NOTE_EVERY_S", 0.0)
+    with pytest.raises(StepError, match="stopped"):
+        finish(workspace, pytest.fail, unlocked, said.append)
+    words = "forgotten rows leave download: "
+    assert said == [f"{words}{done} of 5 shards are rewritten" for done in (1, 2)]
+    rewritten.clear()
+    assert finish(workspace, pytest.fail, unlocked, said.append) is not None
+    assert sorted(rewritten) == ["c", "d", "e"]
+    assert said[-1] == f"{words}3 of 3 shards are rewritten"
+    assert Pending.read(workspace.root) is None
+
+
+def test_a_takedown_rewrites_several_shards_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace, both = Workspace(str(tmp_path)), threading.Barrier(2, timeout=20)
+
+    def rewrite_one(_shard: str) -> None:
+        both.wait()
+
+    _pending(workspace, "ab", rewrite_one, monkeypatch)
+    assert finish(workspace, pytest.fail, unlocked) is not None
 
 
 def _files(made: Made, step: str) -> dict[str, object]:
