@@ -104,6 +104,11 @@ def map_table(path: Path) -> pa.Table:
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
+def table_of(content: bytes) -> pa.Table:
+    """The table of a file of ``write_table`` that was read whole."""
+    return pa.ipc.open_file(pa.py_buffer(content)).read_all()
+
+
 def duplicates_table(rows: pa.Table, again: Rows, first: Rows, reason: str, details: Sequence[str] = ()) -> pa.Table:
     """What a search found among some rows; in columns, because a part may find a million of them.
 

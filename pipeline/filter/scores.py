@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pipeline.data.shard_tables import read_names, read_table
 from pipeline.data.vectors import to_numpy, to_unit
 from pipeline.filter.heads import Head
-from pipeline.filter.labels import Labels, map_table
+from pipeline.filter.labels import Labels
 from pipeline.recipe.sections import FilterEmbeddingsConfig
 
 CLIP_SCORE = "clip_score"
@@ -80,19 +80,19 @@ class ScoreRules:
         )
 
 
-def least_score_of_share(files: Iterable[Path], share: float) -> float:
+def least_score_of_share(tables: Iterable[pa.Table], share: float) -> float:
     """The CLIP score from which on ``share`` of the rows that stay so far have theirs.
 
     It is the lower border of a bin of a histogram, so that somewhat more rows may stay: those of one bin. Memory is
     that of the histogram and of one shard's scores.
 
     Args:
-        files: The measured shards, see ``ScoreRules``.
+        tables: The measures of each shard, see ``ScoreRules``.
         share: Share of rows, in (0, 1].
     """
     histogram = np.zeros(NUM_BINS, np.int64)
-    for file in files:
-        scores = staying_scores(map_table(file))
+    for table in tables:
+        scores = staying_scores(table)
         bins = np.floor((scores.astype(np.float64) + 1) / 2 * NUM_BINS).astype(np.int64)
         histogram += np.bincount(bins.clip(0, NUM_BINS - 1), minlength=NUM_BINS)
     from_above = np.cumsum(histogram[::-1])

@@ -1,11 +1,12 @@
 """The step ``filter_embeddings`` on Ray: CLIP scores, heads, and pictures that CLIP cannot tell apart."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipeline.data.selection import label_file
@@ -14,6 +15,7 @@ from pipeline.filter.gathered import Bundle, plan_bundles
 from pipeline.filter.labels import (
     count_reasons,
     map_table,
+    table_of,
     write_labels,
     write_table,
 )
@@ -23,6 +25,7 @@ from pipeline.runtime.data import commit_shard
 from pipeline.runtime.filter import ALL, GATHERED, MEASURES, ONE_PART, RESULTS, Passes, PassWorker, Place, part_of
 from pipeline.runtime.pool import total_counts
 from pipeline.workspace.manifest import ShardRecord
+from pipeline.workspace.progress import Progress
 from pipeline.workspace.store import LIVE, Artifact
 
 if TYPE_CHECKING:
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 CENTROIDS, CLUSTERS = (f"{LIVE}{name}" for name in ("centroids", "clustered"))
 """Folders of two passes inside the artifact: the clusters, and the rows of each shard by cluster."""
 _LEAST_SCORE = f"{LIVE}least_score.json"
+_READ_AT_ONCE = 64
+"""Shards whose measures are in memory at once, some 60 bytes a row."""
 
 
 def run_filter_embeddings(context: StepContext) -> StepResult:
@@ -50,9 +55,7 @@ def run_filter_embeddings(context: StepContext) -> StepResult:
     metrics: dict[str, float] = {}
     places: dict[str, Place] = {}
     if config.clip_score_share < 1 and total_counts(records).get("ok"):
-        measures = part_of(output, MEASURES)
-        files = (measures.path(f"{shard}.arrow") for shard in shards)
-        metrics["least_clip_score"] = least_score_of_share(files, config.clip_score_share)
+        metrics["least_clip_score"] = least_score_of_share(_measures(output, shards), config.clip_score_share)
         output.write_json(_LEAST_SCORE, metrics)
     if config.max_similarity < 1 and total_counts(records).get("ok"):
         passes.run(CentroidWorker, CENTROIDS, "clustering", [ALL])
@@ -68,6 +71,15 @@ def run_filter_embeddings(context: StepContext) -> StepResult:
         places = passes.put_together(list(groups), [record.counts["in"] for record in records])
     result = passes.finish(passes.run(partial(KeepWorker, places=places), "", "labelling"))
     return StepResult(counts=result.counts, metrics=metrics, num_workers=result.num_workers)
+
+
+def _measures(output: Artifact, shards: Sequence[str]) -> Generator[pa.Table]:
+    """The measures of all shards, read by this process alone: in an object store many at a time, a request each."""
+    measures, progress = part_of(output, MEASURES), Progress(output)
+    for start in range(0, len(shards), _READ_AT_ONCE):
+        progress.update(start, len(shards), "shards", "comparing the CLIP scores")
+        names = [f"{shard}.arrow" for shard in shards[start : start + _READ_AT_ONCE]]
+        yield from map(table_of, measures.read_many(names))
 
 
 def _section(context: StepContext) -> FilterEmbeddingsConfig:

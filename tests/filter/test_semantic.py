@@ -128,16 +128,7 @@ def test_a_cluster_that_is_too_large_is_compared_in_pieces(tmp_path: Path, monke
 def test_the_share_that_stays_is_the_requested_one_and_at_most_one_bin_more(share: float, values: list[float]) -> None:
     scores = np.array(values, np.float32)
     table = pa.table({"reason": [""] * len(scores), CLIP_SCORE: scores})
-    least = _least(table, share)
+    least = least_score_of_share([table], share)
     staying = int((scores >= least).sum())
     assert staying >= share * len(scores) - 1e-9
     assert (scores > least + 2 / NUM_BINS + 1e-8).sum() <= share * len(scores) + 1e-9
-
-
-def _least(table: pa.Table, share: float) -> float:
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "table.arrow"
-        write_table(table, path)
-        return least_score_of_share([path], share)

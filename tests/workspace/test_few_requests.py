@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -13,13 +14,15 @@ from pipeline.data.selection import selection_of
 from pipeline.data.shard_tables import split_counts
 from pipeline.data.training_rows import ShardReader
 from pipeline.filter import duplicates, semantic
+from pipeline.filter.labels import write_table
 from pipeline.recipe.sections import IndexConfig
 from pipeline.retrieve import parts
 from pipeline.retrieve.build import SegmentBuild
-from pipeline.runtime.filter import run_filter
-from pipeline.runtime.filter_embeddings import run_filter_embeddings
+from pipeline.runtime.filter import MEASURES, part_of, run_filter
+from pipeline.runtime.filter_embeddings import _measures, run_filter_embeddings
 from pipeline.train.checkpoint import Checkpoint, Snapshot
 from pipeline.train.resume import checkpoint_name
+from pipeline.workspace.progress import read_progress
 from pipeline.workspace.store import Artifact
 from tests.filter.planted import commit, embed_by_eye, make_context, output_of, tiny_recipe, without_ray
 from tests.s3_server import S3Server
@@ -73,6 +76,23 @@ def _filtered(root: str, num_shards: int, folder: Path, server: S3Server) -> tup
     requests += server.counted()
     num_parts = len({one.name for one in requests if "live/results/" in one.name and "PUT" in one.kind})
     return Counter(one.kind for one in requests if "/results" not in one.name), num_parts
+
+
+def test_clip_scores_that_other_machines_measured_are_a_request_of_each_shard(
+    bucket: str, s3_server: S3Server, tmp_path: Path
+) -> None:
+    output, shards = Artifact(f"{bucket}/filter_embeddings/k"), [f"{number:05d}" for number in range(6)]
+    tables = [pa.table({"clip_score": [0.1 * number]}) for number in range(6)]
+    for shard, table in zip(shards, tables, strict=True):
+        with part_of(output, MEASURES).write(f"{shard}.arrow") as path:
+            write_table(table, path)
+    shutil.rmtree(tmp_path / "cache")
+    s3_server.counted()
+    assert list(_measures(output, shards)) == tables
+    assert Counter(one.kind for one in s3_server.counted() if MEASURES in one.name) == {"GET": 6}
+    state = read_progress(output)
+    assert state is not None
+    assert (state.total, state.message) == (6, "comparing the CLIP scores")
 
 
 @pytest.mark.slow
