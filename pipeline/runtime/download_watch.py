@@ -35,7 +35,7 @@ class DownloadWatch:
         self._next_look = float("-inf")
 
     def read(self, shards: Sequence[str]) -> dict[str, ShardReading]:
-        """How far shards are, many files at a time, every few seconds; between two looks it answers nothing at once."""
+        """How far shards are: a look at all of them every few seconds, and nothing in between."""
         began = time.monotonic()
         if began < self._next_look:
             return {}
