@@ -7,7 +7,6 @@ percent on the page.
 import base64
 import io
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +27,6 @@ Json = dict[str, Any]
 _LARGEST_PX = 256
 _NUM_REPEATED = 3
 _NUM_CAUSES = 8
-_WEIGHTS = ("model.safetensors", "open_clip_model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,10 @@ def ablation_of(ablation: Ablation | None) -> Json | None:
 
 
 def training_of(done: Done, recipe: Recipe) -> list[Json]:
-    """Loss curve, steps, parameters and seconds of each trained network that is done."""
+    """Loss curve, steps, parameters and seconds of each trained network that is done.
+
+    No weights are read: from a store they would be fetched whole.
+    """
     networks: list[Json] = []
     for name, section in recipe.trained().items():
         if name not in done or not done[name].artifact.exists(METRICS):
@@ -134,7 +135,7 @@ def training_of(done: Done, recipe: Recipe) -> list[Json]:
                 "svg": line_chart(curve, label=f"Loss of {finished.title} over {curve.steps[-1]} steps"),
                 "num_steps": section.train.total_steps,
                 "batch_size": section.train.batch_size,
-                "num_parameters": num_parameters(finished.artifact),
+                "num_parameters": finished.manifest.metrics.get("num_parameters", 0),
                 "wall_s": finished.manifest.wall_s,
                 "loss": curve.values[-1],
                 "val_loss": validation[-1] if validation else None,
@@ -159,17 +160,6 @@ def read_rows(artifact: Artifact, name: str) -> list[Json]:
             raise DataError(f"{artifact.uri}/{name}: line {number}: not a JSON object")
         rows.append(row)
     return rows
-
-
-def num_parameters(artifact: Artifact) -> int:
-    """Numbers in the weights of an artifact, from the header of its safetensors file; 0 without one."""
-    for name in _WEIGHTS:
-        if artifact.exists(name):
-            with artifact.path(name).open("rb") as stream:
-                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-            shapes = [entry["shape"] for key, entry in header.items() if key != "__metadata__"]
-            return sum(math.prod(shape) for shape in shapes)
-    return 0
 
 
 _ODD_ROWS = {

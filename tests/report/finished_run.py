@@ -12,6 +12,7 @@ from pipeline.evaluate.metrics import Rate, difference_of
 from pipeline.pictures import to_png
 from pipeline.recipe.plan import Step, artifact_of, make_plan, manifest_of
 from pipeline.recipe.recipe import Recipe, parse_recipe
+from pipeline.recipe.steps import STEP_ROWS
 from pipeline.shapes.captions import canonical_caption
 from pipeline.shapes.draw import draw
 from pipeline.shapes.scene import Scene, evaluation_scenes
@@ -66,7 +67,8 @@ _DOWNLOAD_METRICS = {
 def commit(artifact: Artifact, step: Step, *, end_s: float, counts: dict[str, int] | None = None) -> None:
     manifest = manifest_of(step, artifact, counts, wall_s=SECONDS[step.name])
     versions = {"unclip": "0.1.0", "torch": "2.13.0"}
-    metrics = _DOWNLOAD_METRICS if step.name == "download" else {}
+    metrics = {"num_parameters": 1_800_000} if STEP_ROWS[step.name].trains else {}
+    metrics |= _DOWNLOAD_METRICS if step.name == "download" else {}
     artifact.commit(dataclasses.replace(manifest, created=_CREATED + end_s, versions=versions, metrics=metrics))
 
 

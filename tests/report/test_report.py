@@ -1,4 +1,3 @@
-import json
 import math
 import re
 import subprocess
@@ -17,7 +16,7 @@ from pipeline.recipe.pairs_sections import PairsConfig, PairsList
 from pipeline.recipe.plan import artifact_of, make_plan, manifest_of
 from pipeline.recipe.recipe import Recipe
 from pipeline.report.report import format_metrics, short_count, write_report
-from pipeline.report.sections import Finished, covered_s, download_of, num_parameters, recipe_changes
+from pipeline.report.sections import Finished, covered_s, download_of, recipe_changes
 from pipeline.report.tables import measure_rows, quality_groups, tiles_of
 from pipeline.shapes.captions import canonical_caption
 from pipeline.shapes.scene import evaluation_scenes
@@ -266,17 +265,14 @@ def test_recipe_changes_are_the_fields_that_differ(recipe: Recipe) -> None:
     assert "prior.train.num_steps" not in changes
 
 
-def test_num_parameters_reads_the_header_alone(tmp_path: Path) -> None:
-    artifact = Artifact(str(tmp_path))
-    header = {
-        "__metadata__": {"format": "pt"},
-        "a": {"dtype": "F32", "shape": [3, 5], "data_offsets": [0, 60]},
-        "b": {"dtype": "F32", "shape": [], "data_offsets": [60, 64]},
-    }
-    data = json.dumps(header).encode()
-    artifact.write_bytes("model.safetensors", len(data).to_bytes(8, "little") + data)
-    assert num_parameters(artifact) == 16
-    assert num_parameters(Artifact(str(tmp_path / "none"))) == 0
+def test_parameters_are_those_of_the_manifests_and_no_weights_are_read(recipe: Recipe, tmp_path: Path) -> None:
+    """From a store they would be fetched whole."""
+    for step in fill_workspace(recipe):
+        if step.name in recipe.trained():
+            artifact_of(Workspace(recipe.workspace), step).write_bytes("model.safetensors", b"cannot be read")
+    text = _report(recipe, tmp_path / "report.html")
+    assert text.count("1.8M parameters") == 5
+    assert "<b>9.0M</b> parameters in 5 networks" in text
 
 
 def test_counts_for_people() -> None:
