@@ -75,24 +75,31 @@ def advice(memory: WorkerMemory, recipe: Recipe) -> str:
 def _proposals(memory: WorkerMemory, section: TrainedSection) -> Iterator[tuple[TrainResources, list[str]]]:
     """Resources that need less memory, with the fields that change, the cheapest first."""
     resources, room = section.resources, USABLE * memory.gpu
-    sizes = [0, *_smaller_parts(memory, section)]
-    own = memory.state - memory.clip - memory.gathered
-    fewest, most = resources.workers
-    workers = range(2, most + 1 if resources.shards == 1 and fewest == most else 0)
-    divisors = [number for number in workers if most % number == 0]
-    shards = [number for number in divisors if memory.clip + own / number < room / 2][:1] or divisors[-1:]
-    for num_shards in ([0] if memory.state <= room else []) + shards:
+    sizes = [resources.micro_batch_size, *_smaller_parts(memory, section)]
+    undivided = [resources.num_shards] if memory.state <= room else []
+    for num_shards in undivided + _divisions(memory, resources):
         for checkpointing in (False, True) if not resources.checkpointing else (True,):
             for size in sizes:
                 changes = {"num_shards": num_shards, "checkpointing": checkpointing, "micro_batch_size": size}
-                changes = {
-                    name: value for name, value in changes.items() if value and value != getattr(resources, name)
-                }
+                changes = {name: value for name, value in changes.items() if value != getattr(resources, name)}
                 if changes:
                     yield (
                         replace(resources, **changes),
                         [f"{name} = {str(value).lower()}" for name, value in changes.items()],
                     )
+
+
+def _divisions(memory: WorkerMemory, resources: TrainResources) -> list[int]:
+    """Values of ``num_shards`` for a state that every worker has whole; none if there is nobody to divide it with."""
+    if resources.shards > 1 or resources.fewest_workers == 1:
+        return []
+    if resources.is_elastic:
+        return [0]  # a changing number of workers has no other divisor
+    own = memory.state - memory.clip - memory.gathered
+    most = resources.most_workers
+    divisors = [number for number in range(2, most + 1) if most % number == 0]
+    enough = [number for number in divisors if memory.clip + own / number < USABLE * memory.gpu / 2]
+    return enough[:1] or divisors[-1:]
 
 
 def _smaller_parts(memory: WorkerMemory, section: TrainedSection) -> list[int]:

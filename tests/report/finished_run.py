@@ -67,7 +67,7 @@ _DOWNLOAD_METRICS = {
 def commit(artifact: Artifact, step: Step, *, end_s: float, counts: dict[str, int] | None = None) -> None:
     manifest = manifest_of(step, artifact, counts, wall_s=SECONDS[step.name])
     versions = {"unclip": "0.1.0", "torch": "2.13.0"}
-    metrics = {"num_parameters": 1_800_000} if STEP_ROWS[step.name].trains else {}
+    metrics: dict[str, Any] = {"num_parameters": 1_800_000} if STEP_ROWS[step.name].trains else {}
     metrics |= _DOWNLOAD_METRICS if step.name == "download" else {}
     artifact.commit(dataclasses.replace(manifest, created=_CREATED + end_s, versions=versions, metrics=metrics))
 

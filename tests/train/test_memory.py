@@ -154,6 +154,19 @@ def test_a_state_that_is_too_large_is_proposed_to_be_divided() -> None:
     assert advice(_counted(recipe, "upsampler_1"), recipe).startswith("resources: num_shards = ")
 
 
+def test_a_changing_number_of_workers_is_proposed_to_divide_a_state_that_is_too_large() -> None:
+    train = {"batch_size": 8, "optimizer": "adamw"}
+    resources = {"num_workers": (4, 8), "micro_batch_size": 1, "checkpointing": True}
+    whole, divided = (
+        _counted(_changed("upsampler_1", train, resources | {"num_shards": num_shards}), "upsampler_1")
+        for num_shards in (1, 0)
+    )
+    assert divided.total < whole.state
+    room = (divided.total + whole.state) / 2
+    recipe = _changed("upsampler_1", train, resources | {"gpu_memory_gb": room / USABLE / 1e9})
+    assert advice(_counted(recipe, "upsampler_1"), recipe) == "resources: num_shards = 0"
+
+
 def test_the_text_tower_alone_is_counted_where_no_picture_is_embedded() -> None:
     prior, decoder = (_counted(training_recipe(), name).clip for name in ("prior", "decoder"))
     assert 0 < prior < decoder
