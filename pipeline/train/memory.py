@@ -337,7 +337,11 @@ class _Step:
         return live.peak
 
     def take(self, size: int) -> None:
-        """One step of ``size`` samples."""
+        """One step of ``size`` samples.
+
+        Two copies of a kernel, of one at a time, are not counted: Muon makes them on a GPU alone, where it can skip a
+        step that is not finite without the host.
+        """
         self._pass(size)
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
