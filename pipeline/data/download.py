@@ -279,7 +279,9 @@ class Downloader:
             error = FetchError("killer", "its worker was lost twice")
             failure = _Failure(FAILED_TO_RESIZE, error.cause, str(error))
             for number, stored in zip(
-                killers, _stored_columns(rows.take(killers), self._config).to_pylist(), strict=True
+                killers,
+                _stored_columns(rows.take(pa.array(killers, pa.int64())), self._config).to_pylist(),
+                strict=True,
             ):
                 key = key_of(shard, number, self._config.samples_per_shard)
                 joined.append(ShardRow(self._values(stored, key, failure), None))

@@ -106,6 +106,18 @@ def test_download_shard_accounts_for_every_row(server: PictureServer, tmp_path: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00003.parquet", "00003.tar", "00003_stats.json"]
 
 
+def test_parts_of_a_shard_are_joined_if_no_row_took_workers_down(server: PictureServer, tmp_path: Path) -> None:
+    rows = _rows(server.url, ["jpg/0", "gone/1", "jpg/2", "jpg/3"])
+    whole, _ = _download(rows, tmp_path / "whole")
+    joined, parts = _files(tmp_path / "joined"), [_files(tmp_path / name) for name in ("first", "second")]
+    with Downloader(_CONFIG, _NEAR) as downloader:
+        for start, part in zip((0, 2), parts, strict=True):
+            downloader.download(rows.slice(start, 2), "00003", part, first=start)
+        counts = downloader.join(rows, "00003", parts, [], joined)
+    assert counts == {"in": 4, "ok": 3, "failed_to_download": 1, "failed_to_resize": 0}
+    assert [file.read_bytes() for file in joined[:2]] == [file.read_bytes() for file in whole[:2]]
+
+
 def test_download_shard_is_read_by_webdataset(server: PictureServer, tmp_path: Path) -> None:
     rows = _rows(server.url, [f"jpg/{i}" for i in range(9)])
     (tar, _, _), _ = _download(rows, tmp_path)
