@@ -29,8 +29,8 @@ from pipeline.networks.measuring import COSINES_TO_CAPTIONS, ValidationRows, cos
 from pipeline.workspace.store import Artifact
 
 MEASURED_ROWS = 200_000
-"""About how many rows components and buckets are measured from: whole shards, evenly spaced; where shards have more rows
-than that, such as parts of imported embeddings, the first one alone."""
+"""About how many rows components and buckets are measured from: whole shards, evenly spaced; where shards have more
+rows than that, such as parts of imported embeddings, the first one alone."""
 
 
 class ArPriorObjective(nn.Module):

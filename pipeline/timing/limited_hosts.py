@@ -1,6 +1,7 @@
 """The hosts of a rehearsal's rows where a recipe limits requests to each: few rows of a host say what all of them wait.
 
-A host's share of the rows stands in the list, so only the time of its requests is measured.
+A host's share of the rows stands in the list, so only the time of its requests is measured. Where few of the few come
+through, others of the same hosts are fetched, too.
 """
 
 from __future__ import annotations
@@ -36,11 +37,26 @@ class LimitedHosts(HostLimits):
         self._num_policies = config.robots_txt + config.tdm_reservation
         self._host_of_row = [_host_of(url) for url in urls]
         self._num_rows = Counter(self._host_of_row)
-        self.rows = self._choose()
-        """Numbers of the rows to fetch, ascending."""
-        self._num_fetched = Counter(self._host_of_row[row] for row in self.rows)
+        self.rows = list[int]()
+        """Numbers of the rows to fetch, in the order in which they were chosen."""
+        self._num_fetched = Counter[str]()
+        by_rate = max(1, int(_REQUESTS_S * self._max_rate)) if self._max_rate else math.inf
+        self._most = min(by_rate, _TURNS * self._max_per_host if self._max_per_host else math.inf)
+        """Rows of a host that are fetched."""
+        self.choose(_FEWEST_ROWS)
         self._starts = dict[int, float]()
         self._times = defaultdict[str, list[float]](list)
+
+    def choose(self, num_rows: int) -> None:
+        """Add rows of all hosts alike, until there are ``num_rows`` in all, or no others."""
+        while self._num_chosen(self._most) < min(num_rows, len(self._host_of_row)):
+            self._most += 1
+        chosen, taken = {*self.rows}, Counter[str]()
+        for row, host in enumerate(self._host_of_row):
+            taken[host] += 1
+            if row not in chosen and (not host or taken[host] <= self._most):
+                self.rows.append(row)
+                self._num_fetched[host] += 1
 
     async def start(self, host: str, reservation: int = NO_LEASE) -> int:
         """See ``HostLimits``."""
@@ -76,18 +92,6 @@ class LimitedHosts(HostLimits):
         """Seconds of each row of a list, if the host with the most rows decides; 0 without limits."""
         seconds = max((self._host_s(host, times) for host, times in self._times.items()), default=0.0)
         return seconds / max(1, len(self._host_of_row) - 1)
-
-    def _choose(self) -> list[int]:
-        by_rate = max(1, int(_REQUESTS_S * self._max_rate)) if self._max_rate else math.inf
-        most = min(by_rate, _TURNS * self._max_per_host if self._max_per_host else math.inf)
-        while self._num_chosen(most) < min(_FEWEST_ROWS, len(self._host_of_row)):
-            most += 1
-        rows, taken = list[int](), Counter[str]()
-        for row, host in enumerate(self._host_of_row):
-            taken[host] += 1
-            if not host or taken[host] <= most:
-                rows.append(row)
-        return rows
 
     def _num_chosen(self, most: float) -> float:
         return sum(min(count, most) if host else count for host, count in self._num_rows.items())

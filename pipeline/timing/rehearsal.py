@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -53,6 +55,7 @@ NUM_ROWS = 256
 _SHARD = "00000"
 _WHOLE_PAIRS = "pairs-of-a-tar"
 _LEAST_ROWS = 8
+"""Rows that have to come through, so that some are for training and some for validation."""
 _IMPORTED_ROWS = 1 << 14
 """Rows of embeddings that are taken over for the time: fewer would mostly show how long files take to open."""
 _KINDS = ("img", "text", "metadata")
@@ -150,10 +153,6 @@ class Rehearsal:
             return self._take_in(output)
         all_rows = read_rows(Pairs(self.artifact("pairs")), _SHARD, config)
         hosts = LimitedHosts(config, [url or "" for url in all_rows.column("url").to_pylist()])
-        rows = all_rows.take(pa.array(hosts.rows, pa.int64()))
-        if hosts.wait_s >= _LONG_S:
-            rate = config.resources.max_rate_per_host
-            self._watch(f"download of {rows.num_rows} rows: {duration(hosts.wait_s)}, at {rate:g}/s from a host")
         names = [f"{_SHARD}.tar", f"{_SHARD}.parquet", f"{_SHARD}_stats.json"]
         rules = address_rules(self.recipe.pairs, config)
         with (
@@ -161,11 +160,12 @@ class Rehearsal:
             Downloader(config, rules, hosts) as downloader,
             contextlib.ExitStack() as stack,
         ):
-            files = ShardFiles(*(stack.enter_context(output.write(name)) for name in names))
             before_s = _processor_s()
-            counts = downloader.download(rows, _SHARD, files)
+            parts = self._fetch(downloader, hosts, all_rows)
             # With a local server, its time and the worker's are added: they share the cores.
             seconds = _processor_s() - before_s
+            files = ShardFiles(*(stack.enter_context(output.write(name)) for name in names))
+            counts = downloader.join(all_rows, _SHARD, parts, [], files)
         if self.recipe.pairs.source != "drawn":
             # A real worker fetches rows of the next shards meanwhile: a dead host holds up one connection alone.
             num_late = failure_causes([output.read_json(names[2])])["deadline"]
@@ -182,6 +182,27 @@ class Rehearsal:
         row_s = seconds / counts["in"]
         unshared_s = hosts.row_s() - row_s / config.resources.num_workers
         return RowUnits(row_s=row_s, unshared_row_s=max(0.0, unshared_s))
+
+    def _fetch(self, downloader: Downloader, hosts: LimitedHosts, all_rows: pa.Table) -> list[ShardFiles]:
+        """Download the rows of ``hosts``, and others while some come through, but too few; returns parts of a shard.
+
+        Which rows come is settled by the list: another try would bring the same ones.
+        """
+        parts, counts, waited_s = list[ShardFiles](), Counter[str](), 0.0
+        while (first := counts["in"]) < len(hosts.rows):
+            rows, wait_s = all_rows.take(pa.array(hosts.rows[first:], pa.int64())), hosts.wait_s - waited_s
+            waited_s += wait_s
+            if wait_s >= _LONG_S:
+                rate = self.recipe.download.resources.max_rate_per_host
+                self._watch(f"download of {rows.num_rows} rows: {duration(wait_s)}, at {rate:g}/s from a host")
+            names = (f"part-{first}{suffix}" for suffix in (".tar", ".parquet", "_stats.json"))
+            parts.append(ShardFiles(*(self._folder / name for name in names)))
+            counts.update(downloader.download(rows, _SHARD, parts[-1], first=first))
+            num_missing = _LEAST_ROWS - counts["ok"]
+            if counts["ok"] and num_missing > 0:  # if none came, others are no likelier to
+                others = min(counts["in"], math.ceil(num_missing * counts["in"] / counts["ok"]))
+                hosts.choose(counts["in"] + others)
+        return parts
 
     @cached_property
     def _first_tar(self) -> tuple[str, float]:

@@ -74,8 +74,8 @@ class Muon(torch.optim.AdamW):
     """
 
     found_inf: Tensor | None = None
-    """1 if the gradients are not finite: the step then changes nothing, and the host does not wait for the device. It is
-    the same on every worker: those that exchange rows wait for each other."""
+    """1 if the gradients are not finite: the step then changes nothing, and the host does not wait for the device.
+    It is the same on every worker: those that exchange rows wait for each other."""
     shards: MatrixShards | None = None
     """Where the kernels' other rows are; None: every worker has all of them."""
 

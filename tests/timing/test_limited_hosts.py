@@ -47,6 +47,20 @@ def test_rows_of_each_host_that_are_fetched(limits: dict[str, Any], fetched: dic
     assert hosts.rows == sorted(hosts.rows)
 
 
+def test_other_rows_of_the_same_hosts_follow_those_that_were_chosen_first() -> None:
+    urls = _urls({"a": 200, "b": 10})
+    hosts = _hosts(urls, max_rate_per_host=0.1)
+    first, wait_s = hosts.rows.copy(), hosts.wait_s
+    hosts.choose(16)
+    assert hosts.rows == first
+    hosts.choose(23)
+    assert hosts.rows[:16] == first
+    assert Counter(urls[row].split("/")[2] for row in hosts.rows) == {"a": 13, "b": 10}
+    assert hosts.wait_s - wait_s == pytest.approx(50)
+    hosts.choose(1000)
+    assert sorted(hosts.rows) == list(range(210))
+
+
 def test_all_rows_of_many_hosts_and_of_none_are_fetched() -> None:
     urls = [*_urls({f"host-{number}": 1 for number in range(40)}), *[f"file:///{row}.png" for row in range(40)], "bad"]
     hosts = _hosts(urls, max_rate_per_host=0.1)

@@ -19,7 +19,7 @@ from pipeline.data.make_pairs import write_pairs
 from pipeline.data.pairs import Pairs
 from pipeline.data.sources import source_of
 from pipeline.data.tars import take_in
-from pipeline.errors import StepError
+from pipeline.errors import DataError, StepError
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.timing.companion import companions
 from pipeline.timing.measure import measure
@@ -78,6 +78,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         server: Any = self.server
         server.requests.append(self.path)
+        if self.path.startswith("/gone/"):
+            self.send_error(404)
+            return
         time.sleep(float(self.path.rpartition("-")[2]))
         data = _picture()
         self.send_response(200)
@@ -138,9 +141,9 @@ def test_one_slow_url_holds_up_its_own_connection_alone(
     urls = [f"{address}/{row}-0" for row in range(63)]
     walls_s, download = list[float](), Downloader.download
 
-    def timed(*args: Any) -> Counter[str]:
+    def timed(*args: Any, **options: Any) -> Counter[str]:
         start = time.monotonic()
-        counts = download(*args)
+        counts = download(*args, **options)
         walls_s.append(time.monotonic() - start)
         return counts
 
@@ -189,6 +192,42 @@ def test_few_rows_of_a_limited_host_are_fetched_and_stand_for_all(
     assert len(requests) == 20
     assert (rehearsal.num_good, rehearsal.num_read) == (64, 64)
     assert unit.unshared_row_s + unit.row_s / 16 == pytest.approx(max(1 / 100, unit.row_s / 16))
+
+
+@pytest.mark.parametrize("live", [1, 15])
+def test_a_limited_host_with_many_dead_links_is_asked_for_other_rows(
+    address: str, requests: list[str], tmp_path: Path, live: int
+) -> None:
+    paths = [f"{row}-0" if row % 16 == live or row >= 48 else f"gone/{row}-0" for row in range(64)]
+    recipe = _list_recipe(tmp_path, [f"{address}/{path}" for path in paths], 64, max_per_host=1)
+    rehearsal = Rehearsal(recipe, tmp_path / "rehearsal", {})
+    rehearsal.pairs()
+    rehearsal.download()
+    assert len(requests) == len({*requests}) == 64
+    assert rehearsal.num_good == 19
+
+
+def test_a_limited_host_is_asked_for_no_more_rows_than_it_takes(
+    address: str, requests: list[str], tmp_path: Path
+) -> None:
+    paths = [f"{row}-0" if row % 16 < 7 else f"gone/{row}-0" for row in range(64)]
+    recipe = _list_recipe(tmp_path, [f"{address}/{path}" for path in paths], 64, max_per_host=1)
+    rehearsal = Rehearsal(recipe, tmp_path / "rehearsal", {})
+    rehearsal.pairs()
+    rehearsal.download()
+    assert len(requests) == 16 + 3
+    assert rehearsal.num_good == pytest.approx(64 * 10 / 19)
+
+
+def test_a_limited_host_of_which_nothing_comes_is_not_asked_again(
+    address: str, requests: list[str], tmp_path: Path
+) -> None:
+    urls = [f"{address}/gone/{row}-0" for row in range(64)]
+    rehearsal = Rehearsal(_list_recipe(tmp_path, urls, 64, max_per_host=1), tmp_path / "rehearsal", {})
+    rehearsal.pairs()
+    with pytest.raises(DataError, match=r"0 of 16 rows came through, too few to measure with"):
+        rehearsal.download()
+    assert len(requests) == 16
 
 
 def test_a_long_wait_for_a_limited_host_is_said_before(
