@@ -255,9 +255,9 @@ def _print_times(recipe: Recipe, statuses: list[StepStatus], *, json: bool) -> N
             ends = f"{clock_time(span.start_s)} to {clock_time(span.end_s)}"
             typer.echo(f"{status.step.name:<17} {duration(span.end_s - span.start_s):>9}   {ends}")
     seconds = f"about {duration(run.seconds)}"
-    if run.untimed:
-        names = ", ".join(run.untimed)
-        seconds = f"at least {duration(run.seconds)} besides {names} (whose time a few rows here do not tell)"
+    if run.besides:
+        why = " (whose time a few rows here do not tell)" if run.untimed else ""
+        seconds = f"at least {duration(run.seconds)}{run.besides}{why}"
     typer.echo(
         f"run: {seconds} on {machine.cpus:g} CPUs; with all of them busy, work takes {machine.crowding:.2f} times as "
         f"long; measured in {duration(measured_s)}"

@@ -95,7 +95,7 @@ def _time_of(path: str, *, is_measured: bool) -> str:
     except UnclipError as error:
         return f"not known: {error}"
     remaining = status_remaining(recipe, statuses)
-    seconds = f"{'at least' if remaining.untimed else 'about'} {duration(remaining.seconds)}"
+    seconds = f"{'at least' if remaining.besides else 'about'} {duration(remaining.seconds)}"
     return f"{seconds} on this machine{remaining.besides}"
 
 

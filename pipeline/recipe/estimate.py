@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.errors import DataError
@@ -61,29 +61,37 @@ class Remaining:
     """When each unfinished step of known time runs, from now."""
     untimed: tuple[str, ...] = ()
     """Unfinished steps of unknown time."""
+    ending: tuple[str, ...] = ()
+    """Steps that have counted all they count. What they still do, such as a last validation, has no rate."""
 
     @property
     def seconds(self) -> float:
-        """Time to go, without the steps of unknown time."""
+        """Time to go, without the steps of unknown time and those that end."""
         return max((span.end_s for span in self.spans.values()), default=0.0)
 
     @property
     def text(self) -> str:
         """The time to go in words."""
+        if self.spans:
+            return f"{'at least ' if self.besides else ''}{duration(self.seconds)} to go"
         if self.untimed:
-            return f"at least {duration(self.seconds)} to go" if self.spans else "unknown time to go"
-        return f"{duration(self.seconds)} to go"
+            return "unknown time to go"
+        return f"{' and '.join(self._ends)} to go" if self.ending else f"{duration(self.seconds)} to go"
 
     @property
     def besides(self) -> str:
         """Which steps are not in that time, as the end of a sentence; empty: all are."""
-        return f" besides {', '.join(self.untimed)}" if self.untimed else ""
+        names = [*self.untimed, *self._ends]
+        return f" besides {', '.join(names)}" if names else ""
+
+    @property
+    def _ends(self) -> list[str]:
+        return [f"the end of {name}" for name in self.ending]
 
     def explain(self, recipe: str) -> str:
         """The time to go, and how steps of unknown time get one; ``recipe`` as words of a command."""
-        if not self.untimed:
-            return self.text
-        return f"{self.text}{self.besides if self.spans else ''}; `unclip plan {recipe} --time` measures it"
+        words = f"{self.text}{self.besides if self.spans else ''}"
+        return f"{words}; `unclip plan {recipe} --time` measures it" if self.untimed else words
 
 
 def time_keys(recipe: Recipe) -> dict[str, str]:
@@ -138,12 +146,10 @@ def remaining_from(
     """The rest of a run that stands still or has not begun; an interrupted step continues where it stopped."""
     workspace = Workspace(recipe.workspace)
     todo = [status for status in statuses if status.state != "done"]
-    left = {
-        status.step.name: _part(times[status.step.name], 1.0 - _share(workspace, status))
-        for status in todo
-        if status.step.name in times
-    }
-    return remaining(recipe, [status.step for status in todo], {}, left, machine)
+    states = _read_states(workspace, [status.step for status in todo if status.state == "partial"])
+    left = {name: _part(value, 1.0 - _share(states.get(name))) for name, value in times.items()}
+    ending = {name for name, state in states.items() if _is_counted_out(name, state)}
+    return remaining(recipe, [status.step for status in todo], {}, left, machine, ending=ending)
 
 
 def remaining(
@@ -152,6 +158,8 @@ def remaining(
     readings: Mapping[str, ProgressState],
     times: Mapping[str, StepTime],
     machine: Machine,
+    *,
+    ending: Collection[str] = (),
 ) -> Remaining:
     """The time to go of a run.
 
@@ -161,25 +169,24 @@ def remaining(
         readings: The progress of the running ones.
         times: The known times.
         machine: Where it runs.
+        ending: Steps that have counted all they count, beside those that do by their readings.
     """
     begun = {name for name, state in readings.items() if state.has_begun}
     busy = sum(needs.num_workers * needs.cpus for needs in (needs_of(getattr(recipe, name)) for name in begun))
     slowdown = machine.slowdown(busy)
     pace = _pace(readings, times, slowdown)
-    loads: list[Load] = []
-    untimed: list[str] = []
+    ends = {*ending, *(name for name, reading in readings.items() if _is_counted_out(name, reading))}
+    lefts: dict[str, StepTime | None] = {}
     for step in steps:
         estimate = times.get(step.name)
-        reading = readings.get(step.name)
-        if reading is not None and _is_counted_out(step.name, reading):
-            left = StepTime(0.0)
-        else:
-            left = _left(reading, None if estimate is None else _part(estimate, pace), slowdown)
-        if left is None:
-            untimed.append(step.name)
-        loads.append(_load(recipe, step, left or StepTime(0.0)))
-    spans = schedule(loads, machine, running=begun)
-    return Remaining({name: span for name, span in spans.items() if name not in untimed}, tuple(untimed))
+        paced = None if estimate is None else _part(estimate, pace)
+        lefts[step.name] = None if step.name in ends else _left(readings.get(step.name), paced, slowdown)
+    spans = schedule([_load(recipe, step, lefts[step.name] or StepTime(0.0)) for step in steps], machine, running=begun)
+    return Remaining(
+        {name: span for name, span in spans.items() if lefts[name] is not None},
+        tuple(name for name, left in lefts.items() if left is None and name not in ends),
+        tuple(name for name in lefts if name in ends),
+    )
 
 
 def _pace(readings: Mapping[str, ProgressState], times: Mapping[str, StepTime], slowdown: float) -> float:
@@ -198,12 +205,19 @@ def status_remaining(recipe: Recipe, statuses: Sequence[StepStatus]) -> Remainin
     workspace, now = Workspace(recipe.workspace), time.time()
     steps = [status.step for status in statuses if status.state != "done"]
     times, machine = load_times(recipe, steps)
-    states = {step.name: read_progress(artifact_of(workspace, step)) for step in steps}
-    # A reading from far ahead was written before the clock went back.
-    live = {name: state for name, state in states.items() if state is not None and abs(now - state.updated) < _ALIVE_S}
-    if not live:
+    states = _read_states(workspace, steps)
+    # A reading from far ahead was written before the clock went back. A step that ends writes none, however long it is.
+    ending = {name for name, state in states.items() if _is_counted_out(name, state)}
+    live = {name: state for name, state in states.items() if abs(now - state.updated) < _ALIVE_S}
+    if live.keys() <= ending:
         return remaining_from(recipe, statuses, times, machine)
-    return remaining(recipe, steps, live, times, machine)
+    return remaining(recipe, steps, live, times, machine, ending=ending)
+
+
+def _read_states(workspace: Workspace, steps: Sequence[Step]) -> dict[str, ProgressState]:
+    """The newest reading of each step that has one."""
+    states = {step.name: read_progress(artifact_of(workspace, step)) for step in steps}
+    return {name: state for name, state in states.items() if state is not None}
 
 
 def _is_counted_out(name: str, state: ProgressState) -> bool:
@@ -245,9 +259,8 @@ def _alone(value: StepTime) -> float:
     return value.fixed_s + value.shared_s
 
 
-def _share(workspace: Workspace, status: StepStatus) -> float:
+def _share(state: ProgressState | None) -> float:
     """Share of an interrupted step that is done."""
-    state = read_progress(artifact_of(workspace, status.step)) if status.state == "partial" else None
     return 0.0 if state is None else min(1.0, state.done / max(state.total, 1))
 
 

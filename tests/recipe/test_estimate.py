@@ -63,6 +63,35 @@ def test_a_step_whose_units_are_all_done_holds_up_nothing_that_waits(tmp_path: P
     assert _left(recipe, ["pairs"], of_about_100) == pytest.approx(0.6)
 
 
+def test_a_step_whose_units_are_all_done_is_named_beside_the_time(tmp_path: Path) -> None:
+    recipe, done = _recipe(tmp_path), {"decoder": _reading(100, 2.0, wall_s=50)}
+    steps = [step for step in make_plan(recipe) if step.name in {"decoder", "evaluate"}]
+    rest = remaining(recipe, steps, done, _times(), _TWO)
+    assert rest.text == "at least 8 s to go"
+    assert rest.explain("R") == "at least 8 s to go besides the end of decoder"
+    assert remaining(recipe, steps[:1], done, _times(), _TWO).explain("R") == "the end of decoder to go"
+    rest = remaining(recipe, steps, done, {}, _TWO)
+    assert (rest.untimed, rest.explain("R")) == (
+        ("evaluate",),
+        "unknown time to go; `unclip plan R --time` measures it",
+    )
+
+
+@pytest.mark.parametrize("others", [(), ("prior",)])
+def test_status_names_a_step_that_ends_however_long_ago_its_units_were_done(
+    tmp_path: Path, others: tuple[str, ...]
+) -> None:
+    recipe, workspace = _recipe(tmp_path), Workspace(str(tmp_path))
+    save_times(recipe, _times(), 1.0)
+    for name, done in {"decoder": 100, **dict.fromkeys(others, 50)}.items():
+        Progress(artifact_of(workspace, _step(recipe, name))).update(done, 100, "steps", force=True)
+    artifact = artifact_of(workspace, _step(recipe, "decoder"))
+    artifact.write_json("live/progress.json", artifact.read_json("live/progress.json") | {"updated": 0.0})
+    rest = status_remaining(recipe, plan_status(workspace, make_plan(recipe)))
+    assert (rest.ending, rest.untimed) == (("decoder",), ())
+    assert {*rest.spans} == {*_TIMES} - {"decoder"}
+
+
 def test_what_waits_is_as_slow_as_what_runs(tmp_path: Path) -> None:
     # The decoder runs at half its estimated speed, so the evaluation is taken to need twice its time.
     readings = {"decoder": _reading(50, 50 / 60)}
