@@ -18,7 +18,7 @@ from pipeline.workspace.progress import ProgressState, clock_time, duration
 
 _EVERY_S = 15.0
 _DRAW_S = 0.5
-_READING = re.compile(r" *\d+:\d\d  \w+: \d+/\d+ \w+ \(\d+ %\), ")
+_READING = re.compile(r" *\d+:\d\d  \w+: (\d+/\d+ \w+ \(\d+ %\), |starting|waiting for |choosing rows)")
 
 
 def is_reading(line: str) -> bool:
@@ -64,7 +64,7 @@ class Watcher:
         if self._lines.is_live:
             if time.monotonic() - self._drawn_at > _DRAW_S:
                 self._draw()
-        elif state.unit and time.monotonic() - self._printed_at[step.name] > _EVERY_S:
+        elif state.text and time.monotonic() - self._printed_at[step.name] > _EVERY_S:
             self._printed_at[step.name] = time.monotonic()
             rest = f"; run: {self._rest.text}" if self._rest else ""
             self._print(f"{step.name}: {state.text}{rest}")

@@ -1,4 +1,4 @@
-"""When a step that is ready is submitted, and how long a training may wait for its machines."""
+"""Which steps can run here, when one that is ready is submitted, and how long a training may wait for its machines."""
 
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -8,9 +8,19 @@ import psutil
 import ray
 
 from pipeline.errors import StepError
+from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.schedule import needs_of
 from pipeline.runtime.context import StepContext
-from pipeline.runtime.placement import cluster_has_roles, describe, unoffered, worker_options
+from pipeline.runtime.placement import (
+    DISK,
+    amounts_of,
+    cluster_has_roles,
+    describe,
+    room_for,
+    too_large,
+    unoffered,
+    worker_options,
+)
 from pipeline.runtime.step_task import cancel_step
 from pipeline.workspace.progress import ProgressState, duration, read_progress
 
@@ -18,6 +28,46 @@ _HEAD_START_S = 20.0
 
 Admission = Callable[[StepContext, Collection[StepContext]], bool]
 """(step, submitted steps) -> whether to submit it now."""
+
+
+def require_room(recipe: Recipe, steps: Collection[str]) -> None:
+    """Refuse steps for whose workers our own Ray, which no machine joins, would wait without end.
+
+    A short list of pairs is read without workers, and a pretrained CLIP is loaded without: these steps are not refused.
+
+    Args:
+        recipe: The recipe.
+        steps: Names of the steps that are to run.
+
+    Raises:
+        StepError: Names all such steps, what their workers ask for, and the fields that say so.
+    """
+    has_roles, without = cluster_has_roles(), {"pairs", "clip" if recipe.clip.source == "pretrained" else ""}
+    lacks, fields, amounts = list[str](), list[str](), set[str]()
+    for name in steps:
+        section = getattr(recipe, name)
+        if name in without or not hasattr(section, "resources"):
+            continue
+        options = worker_options(name, section.resources, has_roles=has_roles)
+        number, room = needs_of(section).num_workers, room_for(options)
+        if room < number:
+            lacks.append(f"{name} needs {number} x {describe(options)}")
+            amounts |= amounts_of(options).keys()
+            fields += [f"{name}.resources.{field}" for field in (["num_workers"] if room else too_large(options))]
+    if lacks:
+        raise StepError(
+            f"{'; '.join(lacks)}: this machine has {_total(amounts)}, and no other joins it. Change "
+            f"{', '.join(fields)}, or run on a cluster with --address"
+        )
+
+
+def _total(names: Collection[str]) -> str:
+    """What the connected machines have of these resources, free or not, for people."""
+    total = ray.cluster_resources()
+    words = [f"{total.get('CPU', 0):g} CPU", f"{total.get('GPU', 0):g} GPU"]
+    words += [f"{total.get('memory', 0) / 1e9:.3g} GB"] if "memory" in names else []
+    words += [f"{total.get(DISK, 0):g} GB of disk"] if DISK in names else []
+    return f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def at_once(_context: StepContext, _running: Collection[StepContext]) -> bool:

@@ -20,6 +20,14 @@ ROLE = "unclip-role"
 DISK = "disk_gb"
 """Resource of a machine that says what its disk has room for, in GB."""
 
+_FIELDS = {
+    "CPU": "cpus_per_worker",
+    "GPU": "accelerator",
+    "memory": "memory_gb_per_worker",
+    DISK: "disk_gb_per_worker",
+}
+"""The field of a step's resources that asks for an amount, by Ray's name of it."""
+
 
 def worker_options(step: str, resources: TaskResources | TrainResources, *, has_roles: bool) -> dict[str, Any]:
     """Ray's options for each worker of a step, a task or an actor.
@@ -110,6 +118,32 @@ def unoffered(options: dict[str, Any]) -> str:
             "cluster.yaml does"
         )
     return "; no machine that is there now has that"
+
+
+def room_for(options: dict[str, Any]) -> int:
+    """Workers for which the machines that are there have room, if nothing else ran on them.
+
+    Counted as Ray counts, in ten-thousandths: ten workers of a tenth of a CPU fit on one.
+    """
+    needs = {name: max(1, _ray_units(amount)) for name, amount in amounts_of(options).items()}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and machine_has(node, {}, options)]
+    return sum(min(_ray_units(has.get(name, 0)) // units for name, units in needs.items()) for has in nodes)
+
+
+def _ray_units(amount: float) -> int:
+    return int(amount * 10_000 + 0.5)
+
+
+def too_large(options: dict[str, Any]) -> list[str]:
+    """The fields of a step's resources that ask for more than any machine that is there has, free or not."""
+    nodes, amounts = [node for node in ray.nodes() if node["Alive"]], amounts_of(options)
+    fields = [
+        field
+        for name, field in _FIELDS.items()
+        if name in amounts and not any(machine_has(node, {name: amounts[name]}, {}) for node in nodes)
+    ]
+    has_labels = any(machine_has(node, {}, options) for node in nodes)
+    return fields if has_labels else [*fields, "label_selector"]
 
 
 def machine_has(node: dict[str, Any], amounts: dict[str, float], options: dict[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from pipeline.recipe.garbage import read_artifacts
 from pipeline.recipe.last_run import renew_last_run, write_last_run
 from pipeline.recipe.plan import StepStatus, artifact_of, dependents, passing_inputs, plan_status
 from pipeline.recipe.recipe import Recipe
-from pipeline.runtime.admission import Admission, Waits, at_once, fits_now
+from pipeline.runtime.admission import Admission, Waits, at_once, fits_now, require_room
 from pipeline.runtime.connection import are_alive, connect, own_servers, require_alive
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.forget import finish_forgetting
@@ -58,8 +58,8 @@ def run_recipe(
     Raises:
         ConfigError: If the tracker's address cannot be one, or a server reads what is to be made anew.
         DataError: If a step has a manifest that cannot be read: running it again would replace it.
-        StepError: If a step failed, the cluster does not answer, another run holds the workspace, or rows that are to
-            be forgotten are being read.
+        StepError: If a step failed, or can never run on this machine alone, the cluster does not answer, another run
+            holds the workspace, or rows that are to be forgotten are being read.
     """
     for status in statuses:
         if status.state == "unreadable":
@@ -79,6 +79,8 @@ def run_recipe(
         connect(address),
         watched_head(address, observer.warned),
     ):
+        if not address:
+            require_room(recipe, _names_to_run(statuses, retry_failed, force))
         write_last_run(recipe)
         note_run(workspace.root)
         may_start = at_once if address else fits_now
@@ -93,10 +95,18 @@ def run_recipe(
             statuses = [_reopened(workspace, status, retry_failed) for status in statuses]
         _tell_retries(workspace, statuses, retry_failed, observer)
         statuses = _to_make_anew(workspace, statuses, force)
-        while any(status.state != "done" for status in statuses):
+        while waiting := _names_to_run(statuses):
+            if not address:
+                require_room(recipe, waiting)  # also those that the last turn has made necessary
             _run_steps(recipe, workspace, statuses, observer, tracking, may_start, lock, retry_failed)
             # A finished step whose input was made anew with other bytes just now is not done any more.
             statuses, retry_failed = plan_status(workspace, [status.step for status in statuses]), ""
+
+
+def _names_to_run(statuses: Sequence[StepStatus], retry_failed: str = "", force: Collection[str] = ()) -> list[str]:
+    """Names of the steps that are not done, or are to be tried again or made anew."""
+    again = {*force, *(["download"] if retry_failed not in {"", NONE} else [])}
+    return [status.step.name for status in statuses if status.state != "done" or status.step.name in again]
 
 
 def _run_steps(

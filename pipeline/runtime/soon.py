@@ -9,13 +9,12 @@ that the next caller replaces, and outlives its driver.) The group is removed wh
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from pipeline.recipe.plan import Step
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.train_sections import TrainResources
-from pipeline.runtime.placement import amounts_of, cluster_has_roles, machine_has, worker_options
+from pipeline.runtime.placement import amounts_of, cluster_has_roles, room_for, worker_options
 from pipeline.workspace.progress import ProgressState
 
 
@@ -65,14 +64,8 @@ class Soon:
         amounts, labels = amounts_of(options), options.get("label_selector")
         is_training = isinstance(resources, TrainResources)
         number = resources.fewest_workers if is_training else resources.num_workers
-        if _num_there(amounts, options) >= number:
+        if room_for(options) >= number:
             return []
         together = number if is_training else 1
         selectors: dict[str, Any] = {"bundle_label_selector": [labels] * together} if labels else {}
         return [placement_group([amounts] * together, **selectors) for _ in range(number // together)]
-
-
-def _num_there(amounts: Mapping[str, float], options: dict[str, Any]) -> int:
-    """Workers for which the machines that are there have room, if nothing else ran on them."""
-    nodes = [node for node in ray.nodes() if node["Alive"] and machine_has(node, dict(amounts), options)]
-    return sum(min(int(node["Resources"][name] // amount) for name, amount in amounts.items()) for node in nodes)

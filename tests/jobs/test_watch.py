@@ -68,6 +68,22 @@ def test_a_run_says_its_time_to_go_at_its_start_and_beside_each_step(
     ]
 
 
+def test_what_a_step_waits_for_is_said_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waiting = replace(
+        _READING, done=0, total=1, unit="", message="waiting for 1 x 4 CPU and 1 GPU; no machine has that"
+    )
+    for every_s, num_lines in ((60.0, 1), (-1.0, 3)):
+        monkeypatch.setattr(watch, "_EVERY_S", every_s)
+        watcher = Watcher()
+        watcher.started(_DECODER)
+        for state in (waiting, replace(waiting, message=""), waiting):
+            watcher.progressed(_DECODER, state)
+        lines = capsys.readouterr().err.splitlines()
+        assert lines == ["  0:00  decoder: starts", *[f"  0:00  decoder: {waiting.message}"] * 2][:num_lines]
+
+
 def test_a_run_names_the_steps_of_unknown_time_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -164,10 +180,11 @@ def test_a_follower_has_the_table_of_the_run_that_it_follows(monkeypatch: pytest
 
 def test_a_follower_without_a_table_says_every_line(monkeypatch: pytest.MonkeyPatch) -> None:
     line = "  0:15  decoder: 50/100 steps (50 %), 0.5/s, 2 min to go\n"
+    for words in ("starting", "waiting for 1 x 1 CPU", "choosing rows: 1 of 2 shards"):
+        assert is_reading(f"  0:15  decoder: {words}")
     assert is_reading(line)
-    assert not any(
-        map(is_reading, ("  0:15  decoder: done in 4 s (50 in, 50 ok)", "decoder: 50/100 (50 %), x", line[8:]))
-    )
+    others = ("  0:00  decoder: starts", "  0:15  decoder: done in 4 s (50 in, 50 ok)", "decoder: 50/100 (50 %), x")
+    assert not any(map(is_reading, (*others, line[8:])))
     with Follower(terminal := _Terminal()) as follower:
         follower.write(line)
         follower.show("of another release")

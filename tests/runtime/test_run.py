@@ -7,7 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pyarrow.parquet as pq
 import pytest
@@ -18,7 +18,7 @@ from pipeline.data.retries import NONE, waiting_retries
 from pipeline.errors import ConfigError, StepError
 from pipeline.recipe.last_run import read_last_run
 from pipeline.recipe.plan import artifact_of, make_plan, manifest_of, plan_status
-from pipeline.recipe.recipe import load_recipe
+from pipeline.recipe.recipe import Recipe, load_recipe
 from pipeline.runtime import run, step_task
 from pipeline.runtime.admission import at_once, fits_now
 from pipeline.runtime.connection import connect
@@ -207,6 +207,37 @@ def test_a_retry_that_cannot_begin_is_not_left_to_a_later_run(tmp_path: Path, mo
     assert waiting_retries(output) == []
 
 
+def _without_ray(monkeypatch: pytest.MonkeyPatch, rooms: list[list[str]], refusal: StepError | None = None) -> None:
+    """Let a run connect to nothing; the steps for which it asks for room are noted, and refused if that is said."""
+
+    def require_room(_recipe: Recipe, steps: list[str]) -> None:
+        rooms.append(steps)
+        if refusal is not None:
+            raise refusal
+
+    for name in ("connect", "watched_head"):
+        monkeypatch.setattr(run, name, lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(run, "note_run", lambda _root: None)
+    monkeypatch.setattr(run, "require_room", require_room)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"), [({"retry_failed": "http"}, ["download"]), ({"force": ["pairs"]}, ["pairs"])]
+)
+def test_a_run_that_has_no_room_changes_nothing_that_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], expected: list[str]
+) -> None:
+    steps = _download_of_two_lists(tmp_path, is_new=False)
+    context, both = steps["download"], [steps[name].step for name in ("pairs", "download")]
+    _without_ray(monkeypatch, rooms := list[list[str]](), StepError("no room"))
+    statuses, observer = plan_status(Workspace(context.root), both), SimpleNamespace(warned=pytest.fail)
+    with pytest.raises(StepError, match="no room"):
+        run.run_recipe(context.recipe, statuses, cast("Any", observer), **options)
+    assert rooms == [expected]
+    assert plan_status(Workspace(context.root), both) == statuses
+    assert waiting_retries(context.output) == []
+
+
 def test_a_retry_that_was_stopped_can_be_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = _download_of_two_lists(tmp_path, is_new=False)
     context = steps["download"]
@@ -222,13 +253,12 @@ def test_a_retry_that_was_stopped_can_be_given_up(tmp_path: Path, monkeypatch: p
         started.append(arguments[-1])
         context.output.commit(manifest_of(context.step, context.output))
 
-    for name in ("connect", "watched_head"):
-        monkeypatch.setattr(run, name, lambda *_: contextlib.nullcontext())
-    monkeypatch.setattr(run, "note_run", lambda _root: None)
+    _without_ray(monkeypatch, rooms := list[list[str]]())
     monkeypatch.setattr(run, "_run_steps", finish)
     run.run_recipe(context.recipe, statuses, observer, retry_failed=NONE)
     assert (started, warnings, waiting_retries(context.output)) == ([""], [], [])
     assert plan_status(workspace, both)[1].state == "done"
+    assert rooms == [["download"], ["download"]]  # before anything is changed, and before the steps
 
 
 def test_a_run_warns_of_a_checkpoint_that_will_be_removed(tmp_path: Path) -> None:
@@ -313,16 +343,17 @@ def test_a_ray_that_was_given_up_is_started_once_more(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.ray
-def test_a_training_waits_for_a_machine_as_long_as_the_recipe_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_training_waits_for_a_machine_of_a_cluster_as_long_as_the_recipe_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_head: Any
 ) -> None:
-    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "150")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     recipe = served_workspace(tmp_path)
     [output] = [artifact_of(Workspace(recipe.workspace), step) for step in make_plan(recipe) if step.name == "clip"]
     output.remove("manifest.json")
     waiting = ["clip.resources.label_selector.zone=nowhere", "clip.resources.max_wait_s=2", "tracking.uri=off"]
     sets = [part for setting in waiting for part in ("--set", setting)]
-    done = unclip("run", str(tmp_path / "tiny.toml"), "--until", "clip", *sets)
+    with ray_head(environment={"PYTHONPATH": str(ROOT)}) as head:
+        done = unclip("run", str(tmp_path / "tiny.toml"), "--until", "clip", "--address", head.address, *sets)
     assert done.returncode == 4, done.stdout
     assert re.search(
         r"clip: waited \d+ s for 1 x 1 CPU on a machine with zone=nowhere; no machine that is there now has that\. Add",
