@@ -30,7 +30,7 @@ from jobs import (
     search,
     start,
 )
-from jobs.options import Next, print_next
+from jobs.options import Next, print_next, proposing, recipe_words
 from pipeline.data.causes import ALL
 from pipeline.errors import UnclipError
 
@@ -93,11 +93,17 @@ COMMANDS: dict[str, dict[str, tuple[Callable[..., Next], str]]] = {
 
 
 def _ending(command: Callable[..., Next]) -> Callable[..., None]:
-    """The command, which then prints what is useful next; with ``--json``, which is for scripts, it does not."""
+    """The command, which then prints what is useful next; with ``--json``, which is for scripts, it does not.
+
+    What its errors propose is for its own recipe, as that was typed.
+    """
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
-        following = command(**values)
+        recipe = values.get("recipe")
+        words = values.get("shown_as") or (recipe_words(recipe, values.get("overrides")) if recipe else "RECIPE")
+        with proposing(words):
+            following = command(**values)
         if not values.get("json"):
             print_next(*following)
 

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.options import AsJson, Next, Overrides, RayAddress, RecipePath, print_json, print_warning, recipe_words
+from jobs.options import (
+    AsJson,
+    Next,
+    Overrides,
+    RayAddress,
+    RecipePath,
+    print_json,
+    print_warning,
+    proposing,
+    recipe_words,
+)
 from pipeline.errors import ConfigError
 from pipeline.recipe.plan import finished_artifacts, make_plan
 from pipeline.recipe.recipe import Recipe, load_recipe
@@ -40,7 +50,8 @@ def append(
     Example: unclip append my.toml more.toml
     """
     resolved = load_recipe(recipe, overrides or [])
-    embed = Artifact(str(Path(more).resolve())) if Path(more).is_dir() else _embeddings_of(load_recipe(more, []))
+    with proposing(recipe_words(more, None)):
+        embed = Artifact(str(Path(more).resolve())) if Path(more).is_dir() else _embeddings_of(load_recipe(more, []))
 
     from pipeline.runtime import index
     from pipeline.runtime.connection import connect

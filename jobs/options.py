@@ -1,11 +1,15 @@
 """Arguments and options that several commands share."""
 
+import contextlib
 import json
+import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from typing import Annotated, Any
 
 import typer
+
+from pipeline.errors import UnclipError
 
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, for example configs/demo.toml.")]
 RecipeOrFolder = Annotated[
@@ -29,6 +33,7 @@ From = Annotated[
 Only = Annotated[str, typer.Option("--step", metavar="STEP", help="This step alone; what it reads must be finished.")]
 Next = tuple[str, ...]
 """What a command returns: the commands, with all their words, that are useful after it."""
+_OF_RECIPE = re.compile(r"(\bunclip [a-z-]+) RECIPE\b")
 DASHBOARD = "http://127.0.0.1:8265"
 JobAddress = Annotated[
     str,
@@ -39,6 +44,16 @@ JobAddress = Annotated[
 def recipe_words(recipe: str, overrides: list[str] | None) -> str:
     """A recipe and its changes as words of a shell command."""
     return shlex.join([recipe, *(word for override in overrides or [] for word in ("--set", override))])
+
+
+@contextlib.contextmanager
+def proposing(words: str) -> Generator[None]:
+    """Inside the block, the commands that errors propose have these words of a recipe in the place of RECIPE."""
+    try:
+        yield
+    except UnclipError as error:
+        error.args = (_OF_RECIPE.sub(lambda command: f"{command[1]} {words}", str(error)),)
+        raise
 
 
 def with_options(command: str, options: Mapping[str, str | bool]) -> str:

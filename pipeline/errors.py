@@ -7,7 +7,7 @@ UnclipError
   ResumeError   5  a checkpoint does not match the recipe that resumes from it
 
 The command prints the message without a traceback and exits with the number. Messages say what is wrong, where, and
-what to do.
+what to do; a command that they propose has the word RECIPE, in whose place the command puts the recipe as it was typed.
 """
 
 from typing import ClassVar

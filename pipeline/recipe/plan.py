@@ -321,14 +321,22 @@ def finished_artifacts(recipe: Recipe, names: Collection[str]) -> dict[str, Arti
         ConfigError: If one is not finished under this recipe; names the command that finishes it.
         DataError: If a manifest cannot be read.
     """
-    workspace = Workspace(recipe.workspace)
-    artifacts = {step.name: artifact_of(workspace, step) for step in make_plan(recipe) if step.name in names}
+    workspace, plan, missing = Workspace(recipe.workspace), make_plan(recipe), list[str]()
+    artifacts = {step.name: artifact_of(workspace, step) for step in plan if step.name in names}
     for name, artifact in artifacts.items():
         if artifact.manifest() is None:
             folder = getattr(recipe, name).finished_network
-            if not folder:
-                raise ConfigError(f"{name} is not finished under this recipe; first: unclip run RECIPE")
-            artifacts[name] = UserArtifact(folder if "://" in folder else str(Path(folder).resolve()))
+            if folder:
+                artifacts[name] = UserArtifact(folder if "://" in folder else str(Path(folder).resolve()))
+            else:
+                missing.append(name)
+    if missing:
+        *_, last = missing
+        makes_all = {step.name for step in steps_until(plan, last)}.issuperset(missing)
+        raise ConfigError(
+            f"{missing[0]} is not finished under this recipe; first: unclip run RECIPE"
+            f"{f' --until {last}' if makes_all else ''}"
+        )
     return artifacts
 
 

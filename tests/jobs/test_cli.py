@@ -105,10 +105,32 @@ def test_mistakes_are_one_message_and_an_exit_code(arguments: list[str], code: i
         assert word in done.stderr
 
 
-def test_sample_before_the_training_says_what_is_missing(tmp_path: Path) -> None:
-    done = unclip_here("sample", str(write_recipe(tmp_path, port=free_port())), "a red circle")
-    assert done.returncode in {2, 3, 4}
-    assert "unclip run" in done.stderr
+@pytest.mark.parametrize(
+    ("command", "words", "lack", "until"),
+    [
+        ("sample", ["a red circle"], "clip", ""),
+        ("export", ["--native", "out"], "clip", ""),
+        ("search", ["a red circle"], "clip", " --until index"),
+        ("compact", [], "index", " --until index"),
+        ("append", [str(ROOT)], "index", " --until index"),
+    ],
+)
+def test_a_command_before_its_steps_proposes_the_run_of_its_recipe_as_it_was_typed(
+    command: str, words: list[str], lack: str, until: str, tmp_path: Path
+) -> None:
+    recipe = str(write_recipe(tmp_path, port=free_port()))
+    done = unclip_here(command, recipe, *words, "--set", "seed=9")
+    assert done.returncode == 2
+    first = f"first: unclip run {recipe} --set seed=9{until}"
+    assert done.stderr == f"error: {lack} is not finished under this recipe; {first}\n"
+
+
+def test_append_proposes_the_run_of_the_recipe_that_is_not_finished(tmp_path: Path) -> None:
+    for name in ("mine", "more"):
+        (tmp_path / name).mkdir()
+    recipe, more = (str(write_recipe(tmp_path / name, port=free_port())) for name in ("mine", "more"))
+    done = unclip_here("append", recipe, more, "--set", "seed=9")
+    assert done.stderr == f"error: embed is not finished under this recipe; first: unclip run {more} --until embed\n"
 
 
 def test_run_with_no_cluster_at_the_address_is_one_message(tmp_path: Path) -> None:

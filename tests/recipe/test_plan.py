@@ -335,8 +335,13 @@ def test_finished_artifacts_are_those_that_the_recipe_has_and_all_finished(tmp_p
     steps = {step.name: step for step in make_plan(recipe)}
     _commit(Workspace(str(tmp_path)), steps["pairs"])
     assert list(finished_artifacts(recipe, ("pairs", "upsampler_1"))) == ["pairs"]
-    with pytest.raises(ConfigError, match="embed is not finished under this recipe; first: unclip run RECIPE"):
-        finished_artifacts(recipe, ("pairs", "embed"))
+    for names, first in (
+        (("pairs", "embed"), "embed is not finished under this recipe; first: unclip run RECIPE --until embed"),
+        (("prior", "clip"), "clip is not finished under this recipe; first: unclip run RECIPE --until prior"),
+        (("prior", "decoder"), "decoder is not finished under this recipe; first: unclip run RECIPE"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{first}$"):
+            finished_artifacts(recipe, names)
 
 
 def test_plan_status_tells_todo_from_partial(tmp_path: Path) -> None:
