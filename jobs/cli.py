@@ -38,8 +38,9 @@ from pipeline.errors import UnclipError
 _UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__base__)
 
 _INTERRUPTED = 130
-_CONTINUED = {"run", "evaluate", "append", "compact"}
-"""Commands that go on where they were interrupted, as a search with ``--queries`` does."""
+_CONTINUED = {"run", "evaluate", "append", "compact", "ablate"}
+"""Commands that go on where they were interrupted, as some others do with an option."""
+_CONTINUED_WITH = {"search": "--queries", "forget": "--compact"}
 
 # One line of 80 columns each in `unclip --help`; the whole sentence stands in `unclip COMMAND --help`.
 COMMANDS: dict[str, dict[str, tuple[Callable[..., Next], str]]] = {
@@ -176,7 +177,8 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = _INTERRUPTED
     if code == _INTERRUPTED:  # typer turns Ctrl-C into this code itself, without a message
-        continues = bool(_CONTINUED & {*sys.argv[1:2]}) or "--queries" in sys.argv
+        command, *options = sys.argv[1:] or [""]
+        continues = command in _CONTINUED or _CONTINUED_WITH.get(command) in options
         then = "; what is finished is kept, run the same command again to continue" if continues else ""
         typer.echo(f"interrupted{then}", err=True)
     sys.exit(code)

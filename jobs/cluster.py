@@ -109,7 +109,16 @@ def _follow_submitted(recipe: Recipe, *, address: str, json: bool, **options: An
                 print_warning(message)
 
         person = resubmit.Follower(announce, warn, follower.write, follower.show if follower.is_live else None)
-        return resubmit.submit_and_follow(recipe, person, address=address, **options)
+        try:
+            return resubmit.submit_and_follow(recipe, person, address=address, **options)
+        except KeyboardInterrupt:
+            for submitted in submissions[-1:]:
+                job = f"{submitted.job_id} --address {address}"
+                with follower.aside():
+                    typer.echo(
+                        f"the job goes on; `unclip logs {job}` prints its log, `unclip stop {job}` ends it", err=True
+                    )
+            raise
 
 
 def jobs(address: JobAddress = DASHBOARD, json: AsJson = False) -> Next:

@@ -16,6 +16,7 @@ from jobs.options import (
     Overrides,
     RecipePath,
     Until,
+    describe_workspace,
     print_json,
     print_measured,
     print_next,
@@ -94,6 +95,7 @@ def plan(
     for note in [*unseen_inputs(resolved), *passing_inputs(resolved), *_forgotten_notes(workspace, statuses)]:
         typer.echo(note)
     typer.echo(f"{len(todo)} of {len(statuses)} steps to run: {', '.join(todo)}" if todo else "nothing to do")
+    typer.echo(describe_workspace(workspace))
     return (f"{again} --time", run) if todo else after
 
 

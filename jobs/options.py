@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.errors import UnclipError
+from pipeline.workspace.store import Workspace
 
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, for example configs/demo.toml.")]
 RecipeOrFolder = Annotated[
@@ -63,6 +64,12 @@ def with_options(command: str, options: Mapping[str, str | bool]) -> str:
         if value:
             words += [name, shlex.quote(value)] if isinstance(value, str) else [name]
     return " ".join(words)
+
+
+def describe_workspace(workspace: Workspace) -> str:
+    """Where the artifacts of a recipe are: a relative path depends on the folder where a person stands."""
+    is_empty = all(name.startswith(".") for name in workspace.keys(""))
+    return f"workspace {workspace.root}{' (nothing is there yet)' if is_empty else ''}"
 
 
 def print_next(*commands: str) -> None:

@@ -16,6 +16,7 @@ from jobs.options import (
     RayAddress,
     RecipePath,
     Until,
+    describe_workspace,
     print_json,
     print_measured,
     print_warning,
@@ -145,6 +146,8 @@ def run(
     reopened = {"download"} if retry_failed not in {"", NONE} else set[str]()
     ran = [item.step.name for item in before if item.state != "done" or item.step.name in forced | reopened]
     _require_inputs([item for item in before if item.step.name not in chosen], words, address)
+    if all(item.state == "todo" for item in before):
+        typer.echo(describe_workspace(workspace), err=True)
     if dry_run:
         _print_dry_run([item for item in before if item.step.name in ran], forced, json=json)
         options = {"--until": until, "--from": start, "--step": step, "--force": force}

@@ -172,7 +172,16 @@ def test_submit_hands_on_its_options_and_keeps_json_apart_from_the_log(monkeypat
 
 
 @pytest.mark.parametrize(
-    ("words", "continues"), [(["run", "a.toml"], True), (["search", "--queries", "a.txt"], True), (["plan"], False)]
+    ("words", "continues"),
+    [
+        (["run", "a.toml"], True),
+        (["ablate", "a.toml"], True),
+        (["search", "--queries", "a.txt"], True),
+        (["search", "a.toml", "a dog"], False),
+        (["forget", "--compact"], True),
+        (["forget", "a.txt"], False),
+        (["plan"], False),
+    ],
 )
 def test_an_interrupted_command_says_that_it_continues_if_it_does(
     words: list[str], continues: bool, monkeypatch: pytest.MonkeyPatch
@@ -181,6 +190,24 @@ def test_an_interrupted_command_says_that_it_continues_if_it_does(
     done = unclip_here(*words)
     assert done.returncode == 130
     assert ("run the same command again" in done.stderr) == continues
+
+
+def test_an_interrupted_follower_says_that_the_job_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.runtime import jobs, resubmit
+
+    def follow(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    submission = jobs.Submission("demo-1", "submitted", "http://h:1")
+    monkeypatch.setattr(resubmit, "submit_recipe", lambda *_arguments, **_options: submission)
+    monkeypatch.setattr(resubmit, "follow_job", follow)
+    done = unclip_here("submit", "configs/demo.toml", "--follow", "--address", "http://h:1")
+    assert done.returncode == 130
+    assert [line for line in done.stderr.splitlines() if line] == [
+        "the job goes on; `unclip logs demo-1 --address http://h:1` prints its log, "
+        "`unclip stop demo-1 --address http://h:1` ends it",
+        "interrupted",
+    ]
 
 
 _RUN = [

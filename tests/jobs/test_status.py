@@ -102,6 +102,30 @@ def test_plan_and_status_end_with_what_is_useful_next(recipe: Path) -> None:
         assert (lines[-1], "next:" in lines) == (expected, True)
 
 
+def test_plan_and_the_first_run_say_where_the_workspace_is(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    workspace = tmp_path / "elsewhere"
+
+    def last_of_plan() -> str:
+        return CliRunner().invoke(app, ["plan", str(recipe), "--set", "workspace=elsewhere"]).stdout.splitlines()[-1]
+
+    def first_of_run() -> str:
+        words = ["run", str(recipe), "--set", "workspace=elsewhere", "--dry-run"]
+        return CliRunner().invoke(app, words).stderr.splitlines()[0]
+
+    assert last_of_plan() == first_of_run() == f"workspace {workspace} (nothing is there yet)"
+    workspace.mkdir()
+    (workspace / ".lock").touch()
+    assert last_of_plan() == f"workspace {workspace} (nothing is there yet)"
+    [pairs] = make_plan(load_recipe(recipe, ["workspace=elsewhere"]), until="pairs")
+    artifact = artifact_of(Workspace(str(workspace)), pairs)
+    artifact.write_bytes("00000.parquet", b"")
+    assert last_of_plan() == f"workspace {workspace}"
+    assert first_of_run() == "next:"
+
+
 def _names(steps: list[Step]) -> set[str]:
     return {step.name for step in steps}
 
