@@ -55,7 +55,8 @@ def plan(
         bool, typer.Option("--graph", help="Print the steps as a mermaid graph, with their states.")
     ] = False,
     time: Annotated[
-        bool, typer.Option("--time", help="Measure this machine for some seconds; print the time of steps and run.")
+        bool,
+        typer.Option("--time", help="Measure this machine for half a minute or more; print the time of steps and run."),
     ] = False,
     json: AsJson = False,
 ) -> Next:

@@ -331,7 +331,7 @@ def finished_artifacts(recipe: Recipe, names: Collection[str]) -> dict[str, Arti
             else:
                 missing.append(name)
     if missing:
-        *_, last = missing
+        last = missing[-1]
         makes_all = {step.name for step in steps_until(plan, last)}.issuperset(missing)
         raise ConfigError(
             f"{missing[0]} is not finished under this recipe; first: unclip run RECIPE"
