@@ -1,5 +1,7 @@
 """What of this machine and its settings would stop a run, each with its mend."""
 
+import base64
+import http.client
 import importlib
 import importlib.metadata
 import os
@@ -17,6 +19,7 @@ from typing import Literal
 
 from pipeline.errors import UnclipError
 from pipeline.machine import free_memory_bytes, num_cpus
+from pipeline.recipe.paths import without_password
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import STEPS
 from pipeline.workspace.store import Workspace
@@ -194,7 +197,9 @@ def check_socket_path(folder: str) -> Finding:
 def check_proxy(environment: Mapping[str, str]) -> Finding:
     """A proxy is not asked for this machine's own servers."""
     settings = {name.lower(): value for name, value in environment.items() if value}
-    proxies = [settings[name] for name in ("http_proxy", "https_proxy", "all_proxy") if name in settings]
+    proxies = [
+        without_password(settings[name]) for name in ("http_proxy", "https_proxy", "all_proxy") if name in settings
+    ]
     if not proxies:
         return Finding("proxy", "ok", "none")
     direct = {name.strip() for name in settings.get("no_proxy", "").split(",")}
@@ -227,15 +232,29 @@ def check_workspace(workspace: Workspace) -> Finding:
 
 def check_tracker(uri: str) -> Finding:
     """The tracking server answers."""
+    shown = without_password(uri)
     if not uri.startswith(("http://", "https://")):
-        return Finding("tracker", "ok", uri or "a database beside the artifacts")
+        return Finding("tracker", "ok", shown or "a database beside the artifacts")
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_TRACKER_S):
-            return Finding("tracker", "ok", uri)
-    except (OSError, ValueError) as error:
+        address = urllib.parse.urlsplit(uri)
+        port = address.port or 5000
+    except ValueError:  # its words may hold a part of the password
+        mend = 'set tracking.uri to an address like "http://host:5000"'
+        return Finding("tracker", "problem", f"{shown}: host and port cannot be read", mend)
+    user, _, server = address.netloc.rpartition("@")
+    request = urllib.request.Request(
+        address._replace(netloc=server, path=f"{address.path.rstrip('/')}/health").geturl()
+    )
+    if user:
+        name_and_password = urllib.parse.unquote(user).encode()
+        request.add_header("Authorization", f"Basic {base64.b64encode(name_and_password).decode()}")
+    try:
+        with urllib.request.urlopen(request, timeout=_TRACKER_S):
+            return Finding("tracker", "ok", shown)
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
-        mend = f"start it (mlflow server --port {urllib.parse.urlsplit(uri).port or 5000}), or set tracking.uri"
-        return Finding("tracker", "problem", f"{uri}: {reason}", mend)
+        mend = f"start it (mlflow server --port {port}), or set tracking.uri"
+        return Finding("tracker", "problem", f"{shown}: {reason}", mend)
 
 
 def _graded(name: str, value: float, least: float, little: float, text: str, mend: str) -> Finding:

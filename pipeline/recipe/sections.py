@@ -409,6 +409,7 @@ class TrackingConfig:
     """MLflow; changes no artifact."""
 
     uri: str = ""
-    """Tracking server; empty: sqlite beside the workspace; "off": none."""
+    """Tracking server; empty: sqlite beside the workspace; "off": none. A recipe is written beside the artifacts: give
+    user and password of an MLflow server in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
     experiment: str = ""
     """Experiment name; empty: the recipe's name."""

@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipeline.evaluate.order import VARIANTS
+from pipeline.recipe.paths import without_password
 from pipeline.recipe.plan import Step, artifact_of
 from pipeline.recipe.recipe import Recipe
 from pipeline.report import sections
@@ -169,7 +170,8 @@ def build_view(done: Done, step_names: list[str], recipe: Recipe, recipe_file: s
 
 def next_commands(recipe: Recipe, recipe_file: str, prompt: str, done: set[str]) -> list[tuple[str, str]]:
     """Commands to try after this run, each with its purpose."""
-    file, words = recipe_file, shlex.quote(prompt)
+    uri, words = recipe.tracking.uri, shlex.quote(prompt)
+    file = recipe_file.replace(uri, without_password(uri)) if uri else recipe_file  # it may be in a ``--set``
     if "evaluate" not in done:
         return [
             ("show what is done, what remains and why", f"unclip plan {file}"),

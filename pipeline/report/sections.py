@@ -9,11 +9,12 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from pipeline.errors import DataError
 from pipeline.pictures import decode, thumbnail
 from pipeline.recipe.pairs_sections import PairsList
+from pipeline.recipe.paths import without_password
 from pipeline.recipe.plan import Step, sampling_tables
 from pipeline.recipe.recipe import Recipe, default_tables, flatten, to_dict
 from pipeline.recipe.steps import STEP_ROWS
@@ -267,10 +268,19 @@ def recipe_changes(recipe: Recipe) -> list[tuple[str, str, str]]:
     tables = to_dict(recipe)
     defaults, values = flatten(default_tables(tables)), flatten(tables)
     return [
-        (name, _text(value), _text(defaults[name]) if name in defaults else "")
+        (name, _text(_shown(value)), _text(defaults[name]) if name in defaults else "")
         for name, value in values.items()
         if value is not None and defaults.get(name) != value
     ]
+
+
+def _shown(value: Any) -> Any:
+    """A value of a recipe whose addresses have no password: the page is handed around."""
+    if isinstance(value, dict):
+        return {name: _shown(one) for name, one in cast("Json", value).items()}
+    if isinstance(value, list):
+        return [_shown(one) for one in cast("list[Any]", value)]
+    return without_password(value) if isinstance(value, str) and "//" in value else value
 
 
 def _text(value: Any) -> str:

@@ -1,7 +1,13 @@
 """Each check says what is there, and what to do."""
 
+import base64
+import http.server
 import json
 import resource
+import socketserver
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -47,6 +53,60 @@ def test_a_check_says_what_to_do(finding: doctor.Finding, state: str, words: str
     assert finding.state == state
     assert bool(finding.mend) == (state != "ok")
     assert words.replace("\\", "") in finding.mend
+
+
+@contextmanager
+def _server(handler: type[socketserver.BaseRequestHandler]) -> Generator[str]:
+    """Host and port of a server."""
+    with socketserver.TCPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+class _NoHttp(socketserver.StreamRequestHandler):
+    def handle(self) -> None:
+        self.rfile.readline()
+        self.wfile.write(b"I am Ray\n")
+
+
+class _WithPassword(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        expected = base64.b64encode(b"me:sec@ret").decode()
+        is_mine = self.path == "/ml/health" and self.headers["Authorization"] == f"Basic {expected}"
+        self.send_response(200 if is_mine else 401)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        del format, args
+
+
+@pytest.mark.parametrize("uri", ["http://h:abc", "http://h:70000", "http://[h", "http://me:se/secret@h"])
+def test_a_tracker_whose_address_cannot_be_read_is_named(uri: str) -> None:
+    finding = doctor.check_tracker(uri)
+    assert (finding.state, "http://host:5000" in finding.mend) == ("problem", True)
+    assert "secret" not in finding.text
+
+
+def test_a_port_that_speaks_no_http_is_named() -> None:
+    with _server(_NoHttp) as address:
+        finding = doctor.check_tracker(f"http://{address}")
+    assert finding.state == "problem"
+    assert "I am Ray" in finding.text
+
+
+def test_a_tracker_is_asked_with_its_password_which_nobody_sees() -> None:
+    with _server(_WithPassword) as address:
+        good = doctor.check_tracker(f"http://me:sec%40ret@{address}/ml/")
+        bad = doctor.check_tracker(f"http://me:secret@{address}")
+    assert (good.state, good.text) == ("ok", f"http://me:***@{address}/ml/")
+    assert (bad.state, "secret" in bad.text) == ("problem", False)
+
+
+def test_passwords_of_proxies_and_databases_are_not_shown() -> None:
+    proxy = doctor.check_proxy({"http_proxy": "http://me:secret@p:3128"})
+    assert proxy.text == "http://me:***@p:3128, also for 127.0.0.1 and localhost"
+    assert doctor.check_tracker("postgresql://me:secret@db/ml").text == "postgresql://me:***@db/ml"
 
 
 def test_the_longest_folder_that_passes_gives_sockets_that_linux_takes() -> None:

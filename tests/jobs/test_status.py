@@ -16,7 +16,7 @@ from pipeline.recipe.estimate import Remaining
 from pipeline.recipe.plan import Step, artifact_of, chosen_steps, make_plan, manifest_of
 from pipeline.recipe.recipe import load_recipe
 from pipeline.recipe.schedule import Machine, Span
-from pipeline.runtime.tracking.place import Place
+from pipeline.runtime.tracking.place import Place, check_scheme
 from pipeline.workspace.lock import holder_of, locked_workspace
 from pipeline.workspace.progress import PROGRESS, ProgressState
 from pipeline.workspace.store import Artifact, Workspace
@@ -143,6 +143,13 @@ def test_what_waits_for_a_tracker_is_counted_with_where_it_is_and_what_to_do(rec
         f"tracker http://me:***@127.0.0.1:1: 2 records wait in {place.kept_in}; "
         f"`unclip run {recipe} --set {words[3]}` sends them"
     )
+
+
+@pytest.mark.parametrize("uri", ["htp://me:secret@host:5000", "me:secret@host:5000"])
+def test_an_address_that_no_tracker_has_is_refused_without_its_password(uri: str) -> None:
+    with pytest.raises(ConfigError, match=r"me:\*\*\*@host:5000: no such kind of tracker") as refusal:
+        check_scheme(uri)
+    assert "secret" not in str(refusal.value)
 
 
 def test_a_plan_as_a_graph_has_every_step_its_state_and_its_inputs(recipe: Path) -> None:

@@ -152,6 +152,17 @@ def test_report_escapes_what_people_wrote(tmp_path: Path) -> None:
     assert "&lt;script&gt;" in text
 
 
+@pytest.mark.parametrize("until", ["pairs", "evaluate"])
+def test_report_shows_no_password(until: str, tmp_path: Path) -> None:
+    uri = "http://me:secret@host:5000"
+    lists = [{"source": "list", "path": "https://me:secret@data/a.csv"}]
+    recipe = make_recipe(tmp_path / "w", tracking={"uri": uri}, pairs={"lists": lists})
+    fill_workspace(recipe, until=until)
+    text = _report(recipe, tmp_path / "report.html", f"demo.toml --set tracking.uri={uri}")
+    assert "secret" not in text
+    assert "http://me:***@host:5000" in text
+
+
 def test_report_names_a_broken_curve(recipe: Recipe, tmp_path: Path) -> None:
     steps = {step.name: step for step in fill_workspace(recipe)}
     artifact = artifact_of(Workspace(recipe.workspace), steps["prior"])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import ConfigError
+from pipeline.recipe.paths import without_password
 from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.tracking.outbox import RECORDS, SENT, Outbox, count_waiting
 from pipeline.runtime.tracking.tracker import Tracker, make_database
@@ -38,7 +39,7 @@ class Place:
         self.owns_database = not recipe.tracking.uri
         self.uri = recipe.tracking.uri or f"sqlite:///{workspace.local_root}/{_DATABASE}"
         self.is_local = self.uri.startswith("sqlite")
-        self.shown_uri = _without_password(self.uri)
+        self.shown_uri = without_password(self.uri)
         self.experiment = recipe.tracking.experiment or recipe.name
         self.root = workspace.root
         self._workspace = workspace
@@ -125,12 +126,6 @@ def check_scheme(uri: str) -> None:
     scheme = urllib.parse.urlsplit(uri).scheme.partition("+")[0]
     if scheme not in _SCHEMES:
         raise ConfigError(
-            f'tracking.uri {uri}: no such kind of tracker; "http://host:5000", "sqlite:///file.db" or "off"'
+            f"tracking.uri {without_password(uri)}: no such kind of tracker; "
+            '"http://host:5000", "sqlite:///file.db" or "off"'
         )
-
-
-def _without_password(uri: str) -> str:
-    parts = urllib.parse.urlsplit(uri)
-    if parts.password is None:
-        return uri
-    return urllib.parse.urlunsplit(parts._replace(netloc=f"{parts.username}:***@{parts.netloc.rpartition('@')[2]}"))
