@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -26,6 +26,12 @@ _CHANGES_LITTLE = {"seed", "batch_size", "num_shown", "num_images_per_shown"}
 _VERSION = "step_version"
 """Among the settings: which release's numbers they are."""
 _LOWER_IS_BETTER = ("frechet", "cmmd", "bits_per_dim", "memori")
+_OF_PIXELS = ("pixel_check.", "held_out.", "frechet_features.", "upsampler_", "bits_per_dim.")
+"""Measures that no CLIP takes."""
+_OF_ROWS = ("prior.", "prior_2.", "decoder.", "upsampler_", "bits_per_dim.", "memorisation.")
+"""Measures of embedded rows, whatever the prompts are."""
+_ROWS = {"pairs", "download", "filter", "filter_embeddings"}
+"""Steps that decide which rows are embedded."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,7 @@ def promote(
 
     Raises:
         ConfigError: If there is no such measure, it is no number, the present champion is as good, or was measured in
-            another way.
+            another way: with other settings, by another CLIP or on other rows.
         StepError: If another process promotes a cascade of this workspace at the moment.
     """
     measures = {name: float(value) for name, value in manifest.metrics.items() if isinstance(value, int | float)}
@@ -178,7 +184,7 @@ def promote(
         before = promotions.champion
         if before is not None and before.evaluate == step.key:
             return before, False
-        numbers = _compare(before, measures, settings, by, force=force)
+        numbers = _compare(before, measures, settings, _taken_with(recipe, step, by), by, force=force)
         new = Promotion(
             step.key, step.inputs, measures, settings, by, f"{numbers}; {reason}" if reason else numbers, time.time()
         )
@@ -188,7 +194,27 @@ def promote(
     return new, True
 
 
-def _compare(before: Promotion | None, measures: dict[str, float], settings: Json, by: str, *, force: bool) -> str:
+def _taken_with(recipe: Recipe, step: Step, by: str) -> dict[str, str | None]:
+    """The keys of what a measure depends on beside the cascade: the CLIP that takes it, and the rows that it is of."""
+    is_of_clip = not by.startswith(_OF_PIXELS)
+    is_of_rows = by.startswith(_OF_ROWS) or (recipe.pairs.source != "drawn" and not recipe.evaluate.prompts_path)
+    names = set[str]()
+    if is_of_rows:
+        names |= _ROWS
+    if is_of_clip:
+        names |= {"clip", "embed"} if is_of_rows else {"clip"}
+    return {name: step.inputs.get(name) for name in names}
+
+
+def _compare(
+    before: Promotion | None,
+    measures: dict[str, float],
+    settings: Json,
+    taken_with: Mapping[str, str | None],
+    by: str,
+    *,
+    force: bool,
+) -> str:
     """The two numbers in words.
 
     Raises:
@@ -205,10 +231,13 @@ def _compare(before: Promotion | None, measures: dict[str, float], settings: Jso
         raise ConfigError(f"--by {by}: the champion {before.evaluate} was not measured by it; --force promotes anyway")
     numbers = f"{by} {now:.4g} against {before.measures[by]:.4g} of {before.evaluate}"
     changed = sorted(name for name in settings | before.settings if settings.get(name) != before.settings.get(name))
-    if changed and not force:
+    others = {name for name, key in taken_with.items() if before.artifacts.get(name) != key}
+    if (changed or others) and not force:
+        reasons = list(map(_setting, changed))
+        reasons += ["the CLIP that measures" if "clip" in others else "the set of measured rows"] if others else []
         raise ConfigError(
-            f"{numbers} do not compare: {', '.join(map(_setting, changed))} was another; measure both alike, or "
-            "promote it anyway with --force and a --reason"
+            f"{numbers} do not compare: {', '.join(reasons)} was another; measure both alike, or promote it anyway "
+            "with --force and a --reason"
         )
     is_lower = by.startswith(_LOWER_IS_BETTER)
     is_better = now < before.measures[by] if is_lower else now > before.measures[by]
