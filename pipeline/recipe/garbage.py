@@ -64,7 +64,8 @@ def last_runs(workspace: Workspace, recipes: Sequence[Recipe]) -> list[LastRun]:
         except DataError as error:
             raise DataError(
                 f"what the last run of {recipe.name} made is not known: {error}; run the recipe once more as it was "
-                f"run then ({RESOLVED}, which is there, has its fields), and it is"
+                f"run then ({RESOLVED}, which is there, has its fields), and it is; what an older release made under "
+                "other keys is listed as not needed then: copy what you need of it first"
             ) from None
         if last is not None and not last.keys <= planned(recipe).keys:
             runs.append(LastRun(recipe.name, last, changes_since(workspace, recipe)))

@@ -77,6 +77,9 @@ def write_last_run(recipe: Recipe) -> None:
 def renew_last_run(recipe: Recipe, warn: Callable[[str], None]) -> None:
     """Write what cannot be read of the last run again, for a run that has nothing to do: it is the last one then.
 
+    Nothing is written if what can be read shows another one: who starts a finished recipe again does not mean that what
+    was made since may go.
+
     Args:
         recipe: The recipe, as it is run now.
         warn: Receives a sentence if the lock of a dead process is broken.
@@ -89,8 +92,9 @@ def renew_last_run(recipe: Recipe, warn: Callable[[str], None]) -> None:
     try:
         read_last_run(workspace, recipe.name)
     except DataError:
-        with locked_workspace(workspace, warn):
-            write_last_run(recipe)
+        if not changes_since(workspace, recipe):
+            with locked_workspace(workspace, warn):
+                write_last_run(recipe)
 
 
 def read_last_run(workspace: Workspace, name: str) -> Planned | None:

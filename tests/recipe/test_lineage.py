@@ -399,6 +399,26 @@ def test_gc_removes_nothing_if_it_is_not_known_what_the_last_run_made(tmp_path: 
     assert _gc(path)[0] == set()
 
 
+@pytest.mark.parametrize("plan", [None, b"{"])
+def test_what_the_last_run_made_stays_if_another_one_has_nothing_to_do(tmp_path: Path, plan: bytes | None) -> None:
+    """Its fields are there, and a run of other fields is not the last one."""
+    path, changed = write_recipe(tmp_path, port=1), "embed.batch_size=3"
+    _finish(load_recipe(path))
+    last = load_recipe(path, [changed])
+    _finish(last)
+    stored = Workspace(last.workspace).artifact("recipes", last.name)
+    stored.remove(PLAN)
+    if plan is not None:
+        stored.write_bytes(PLAN, plan)
+    words = ["run", str(path), "--set", "tracking.uri=off"]
+    assert "nothing to do" in CliRunner().invoke(app, words, catch_exceptions=False).stdout
+    assert stored.read_json(RESOLVED)["embed"]["batch_size"] == 3
+    with pytest.raises(DataError, match="copy what you need of it first"):
+        _gc(path)
+    assert "nothing to do" in CliRunner().invoke(app, [*words, "--set", changed], catch_exceptions=False).stdout
+    assert _gc(path)[0] == set()
+
+
 @pytest.mark.parametrize("words", [["gc", "{path}"], ["gc", "{path}", "{path}", "--set", "seed=1"]])
 def test_gc_refuses_what_it_cannot_mean(tmp_path: Path, words: list[str]) -> None:
     path = write_recipe(tmp_path, port=1)
