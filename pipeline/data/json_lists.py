@@ -186,7 +186,7 @@ def _values(buffer: str, text: _Text) -> Iterator[tuple[int, Any]]:
 def _decoded(buffer: str, place: int, names: set[str]) -> tuple[Any, int, int]:
     """A value, or why it cannot be read; and what ``_end_of_value`` returns."""
     try:
-        return *_DECODER.raw_decode(buffer, place), 0
+        value, end = _DECODER.raw_decode(buffer, place)
     except json.JSONDecodeError as error:
         reason, fault = (
             ValueError(f"not JSON ({error.msg}: character {error.pos - place + 1} of the record)"),
@@ -196,6 +196,10 @@ def _decoded(buffer: str, place: int, names: set[str]) -> tuple[Any, int, int]:
         reason, fault = error, len(buffer)
     except RecursionError:
         reason, fault = ValueError("nested too deeply"), len(buffer)
+    else:
+        if isinstance(value, str) and _EDGE.match(buffer[place:end]):
+            return ValueError("not JSON (a quote between two records)"), place + 1, 0
+        return value, end, 0
     return reason, *_end_of_value(buffer, place, fault, names)
 
 
@@ -215,15 +219,17 @@ def _end_of_value(buffer: str, place: int, fault: int, names: set[str]) -> tuple
     """
     is_first = not names
     names = names or {name for name in [_first_name(buffer, place)] if name is not None}
-    opened, num_others, behind_comma, depth = list[str](), 0, len(buffer), -1
+    opened, num_others, behind_comma = list[str](), 0, len(buffer)
+    num_lists = _num_open_lists(buffer, place, fault)
     for match in _PUNCTUATION.finditer(buffer, place):
         mark, start = match.group(), match.start()
         if mark == '"':
             break
         end, is_end = 0, True
         if len(mark) > 1 and fault <= match.end() and fault < len(buffer):
-            edge, depth = _edge_in(mark, opened.count("[") if depth < 0 else depth)
-            end, is_end = start + edge if edge else 0, not depth
+            own = _num_own(mark) if start < fault else 0
+            edge, num_lists = _edge_in(mark, own, num_lists)
+            end, is_end = start + edge if edge else 0, not num_lists
         elif mark == "{" and start >= fault and (opened == ["["] or opened[-1:] == ["{"]):
             end = start if _BLANK.fullmatch(buffer, behind_comma, start) else 0
         if end:
@@ -257,14 +263,37 @@ def _first_name(buffer: str, place: int) -> str | None:
         return match.group(1)
 
 
-def _edge_in(text: str, num_lists: int) -> tuple[int, int]:
+def _num_open_lists(buffer: str, place: int, fault: int) -> int:
+    """How many lists of a value are open where it is no JSON any more: behind that, brackets may be letters.
+
+    One that would begin right there does not count: its bracket may stand in the place of a text's first quote.
+    """
+    num_lists, mark, end = 0, "", place
+    for match in _PUNCTUATION.finditer(buffer, place, fault):
+        mark, end = match.group(), match.end()
+        if mark == '"':
+            break
+        num_lists += (mark == "[") - (mark == "]")
+    return num_lists - (mark == "[" and _BLANK.match(buffer, end, fault) is not None)
+
+
+def _num_own(text: str) -> int:
+    """How many characters of a text that lacks its last quote are its own; behind them is what lies between two."""
+    own = text[:-1].rstrip(" \t\r\n[{")
+    if own.endswith(","):
+        return len(own[:-1].rstrip(" \t\r\n]}"))
+    return len(own) - 1 if own.endswith(":") else len(text)
+
+
+def _edge_in(text: str, num_own: int, num_lists: int) -> tuple[int, int]:
     """Where a record may end in what seems to be a text but is what lies between two, 0 if nowhere.
 
-    And how many lists are open there, or at the end, if as many as ``num_lists`` are open before it.
+    And how many lists are open there, or at the end, if as many as ``num_lists`` are open before it. The first
+    ``num_own`` characters are a text indeed, whose brackets are letters.
     """
     edge = _EDGE.search(text)
     stop = edge.start() if edge else len(text)
-    num_lists += text.count("[", 0, stop) - text.count("]", 0, stop)
+    num_lists += text.count("[", num_own, stop) - text.count("]", num_own, stop)
     return edge.end() if edge else 0, max(0, num_lists)
 
 

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.errors import DataError
+from pipeline.recipe.sections import PAIRS_COLUMNS
 
 NO_CAPTIONS = "-"
 """Caption column of a list that has none."""
 URL_COLUMNS = ("url", "image_url", "img_url", "link", "image", "src", "coco_url", "flickr_url")
 CAPTION_COLUMNS = ("caption", "text", "title", "description", "alt_text", "alt", "prompt", "top_caption", "raw")
-OWN_COLUMNS = frozenset({"uid", "url", "caption", "split"})
-"""Columns that every list of pairs has; a list's own column of such a name is ``source_<name>``."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +31,17 @@ class ListColumns:
         """
         url = find_column(names, self.url, URL_COLUMNS, where)
         caption = "" if self.caption == NO_CAPTIONS else find_column(names, self.caption, CAPTION_COLUMNS, where)
-        existing = [url, caption, *(find_column(names, self._in_list(name), (), where) for name in self.extra)]
+        existing = [url, caption, *(find_column(names, column_in_list(name), (), where) for name in self.extra)]
         for name in existing:
             if name and list(names).count(name) > 1:
                 raise DataError(f"{where}: has column {name} {list(names).count(name)} times; rename all but one")
         return existing
 
-    @staticmethod
-    def _in_list(name: str) -> str:
-        original = name.removeprefix("source_")
-        return original if original in OWN_COLUMNS else name
+
+def column_in_list(name: str) -> str:
+    """The name in a list of a column that is kept: ``uid`` for ``source_uid``."""
+    original = name.removeprefix("source_")
+    return original if original in PAIRS_COLUMNS else name
 
 
 def find_column(names: Sequence[str], requested: str, usual: Sequence[str], where: str) -> str:

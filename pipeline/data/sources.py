@@ -9,7 +9,7 @@ import pyarrow as pa
 from pipeline.data.captions import context_length
 from pipeline.data.drawn import drawn_batches
 from pipeline.data.folders import FolderPart, count_pictures, folder_parts, read_folder
-from pipeline.data.list_columns import OWN_COLUMNS, ListColumns
+from pipeline.data.list_columns import ListColumns
 from pipeline.data.lists import Span, count_list_rows, explain_damage, extra_schemas, list_spans, read_span
 from pipeline.data.pairs import Part, cast_column, common_types
 from pipeline.data.reading import Reading
@@ -17,6 +17,7 @@ from pipeline.data.tars import count_samples, tar_files, tar_tables
 from pipeline.errors import DataError
 from pipeline.recipe.pairs_sections import PairsConfig
 from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.sections import PAIRS_COLUMNS
 from pipeline.workspace.files import UserFile, local_copy
 from pipeline.workspace.trees import Stretch
 
@@ -99,7 +100,7 @@ def source_of(recipe: Recipe) -> Source:
     length = 0 if recipe.pairs.source == "drawn" else context_length(recipe.clip)
     download = recipe.download
     read = dict.fromkeys([*download.extra_columns, download.blur_column, download.hash_column, ""])
-    return Source(recipe.pairs, recipe.seed, tuple(name for name in read if name and name not in OWN_COLUMNS), length)
+    return Source(recipe.pairs, recipe.seed, tuple(name for name in read if name and name not in PAIRS_COLUMNS), length)
 
 
 def count_pairs(config: PairsConfig) -> int:

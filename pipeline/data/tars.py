@@ -18,6 +18,7 @@ from PIL import Image
 
 from pipeline.data.blank import BLANK, num_blank
 from pipeline.data.json_lists import parse_json
+from pipeline.data.list_columns import column_in_list
 from pipeline.data.lists import require_parts
 from pipeline.data.reading import MAX_CELL, Reading, within_limit
 from pipeline.data.rows import make_uid
@@ -83,7 +84,7 @@ def tar_tables(tar: Path, shard: str, extra: tuple[str, ...], reading: Reading) 
     names, rows = ("url", "caption", "key", *extra), list[list[str | None]]()
     for sample in within_limit(read_tar(tar, shard, reading), reading):
         try:
-            texts = [_as_text(sample.record.get(name)) for name in extra]
+            texts = [_as_text(sample.record.get(name, sample.record.get(column_in_list(name)))) for name in extra]
         except (ValueError, RecursionError) as error:
             reading.leave_out(reading.lines[-1][1], f"key {sample.key}: {error}")
             continue

@@ -27,6 +27,7 @@ from pipeline.recipe.job_sections import JobConfig
 from pipeline.recipe.pairs_sections import PairsConfig
 from pipeline.recipe.sections import (
     FILTER_COLUMNS,
+    PAIRS_COLUMNS,
     SHARD_COLUMNS,
     DownloadConfig,
     DownloadResources,
@@ -143,9 +144,11 @@ class Recipe:
         if self.pairs.source == "shards":  # all that is read of them is kept
             columns |= {"blur_column": (download.blur_column,), "hash_column": (download.hash_column,)}
         for name, chosen in columns.items():
-            if conflicts := sorted(SHARD_COLUMNS & {*chosen}):
+            if conflicts := sorted((SHARD_COLUMNS | PAIRS_COLUMNS) & {*chosen}):
+                theirs = [f"source_{one}" for one in conflicts if one in PAIRS_COLUMNS]
                 raise ValueError(
                     f"download.{name}: every shard has its own {', '.join(conflicts)}; rename or leave out"
+                    + (f" ({', '.join(theirs)} is the list's)" if theirs else "")
                 )
 
     def _require_filter_columns(self) -> None:

@@ -42,6 +42,8 @@ SHARD_COLUMNS = frozenset(
     | {"picture_offset", "picture_bytes", "picture_crc32"}
 )
 """Columns that a shard has of its own, beside uid and split."""
+PAIRS_COLUMNS = frozenset({"uid", "url", "caption", "split"})
+"""Columns that every list of pairs has; a list's own column of such a name is ``source_<name>``."""
 
 
 class StepSection:
@@ -169,7 +171,8 @@ class DownloadConfig(StepSection):
     hash_column: str = ""
     """Column with the checksum that the file must have: MD5, SHA-256 or SHA-512 (img2dataset: verify_hash)."""
     extra_columns: tuple[str, ...] = ()
-    """Columns of the list that are copied into the shards, beside uid and split; no other column is read."""
+    """Columns of the list that are copied into the shards, beside our uid and split; no other column is read. The
+    list's own uid is source_uid, and its split source_split."""
     user_agent_token: str = "unclip"
     """Name of the user agent, by which hosts and their robots.txt identify the client."""
     contact: str = ""

@@ -60,15 +60,16 @@ def test_shards_of_img2dataset_are_taken_in_as_they_are(tmp_path: Path) -> None:
     for shard in range(2):
         files = {k: v for n in range(3) for k, v in _img2dataset(10 * shard + n, punsafe=0.25, uid="f" * 32).items()}
         _write_tar(tmp_path / f"in/{shard:05d}.tar", files)
-    pairs, shards, counts = _make(tmp_path / "in", tmp_path / "out", extra_columns=("punsafe",))
+    pairs, shards, counts = _make(tmp_path / "in", tmp_path / "out", extra_columns=("punsafe", "source_uid"))
     assert counts == {"in": 6, "ok": 6}
     assert count_pairs(PairsConfig(source="shards", path=str(tmp_path / "in"))) == 6
     assert shards.path("00001.tar").resolve() == tmp_path / "in/00001.tar"
     table = pq.read_table(shards.path("00001.parquet"))
-    assert set(table.column_names) - SHARD_COLUMNS == {"uid", "split", "punsafe"}
+    assert set(table.column_names) - SHARD_COLUMNS == {"uid", "split", "punsafe", "source_uid"}
     row = table.to_pylist()[0]
     assert row["uid"] == make_uid("http://a/10.jpg", "caption 10")
     assert (row["key"], row["status"], row["punsafe"], row["sha256"]) == ("000000010", "success", "0.25", "f" * 64)
+    assert row["source_uid"] == "f" * 32  # its own, as img2dataset copied it
     assert (row["width"], row["original_height"]) == (96, 100)
     samples, pictures = good_samples(shards.path("00001.tar"), shards.path("00001.parquet"), "00001")
     keys_and_uids = zip(samples["key"].to_pylist(), samples["uid"].to_pylist(), strict=True)

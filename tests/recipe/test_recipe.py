@@ -251,6 +251,7 @@ def test_respacing_takes_sections_that_just_fit_their_chain() -> None:
         ("filter.max_nsfw=0.5", "max_nsfw reads the list's column punsafe or nsfw_score_opennsfw2; name the one that"),
         ("filter.nsfw_tags=['UNSURE']", r"nsfw_tags reads the list's column NSFW; .* in download\.extra_columns"),
         ("download.extra_columns=['NSFW', 'width', 'sha256']", "extra_columns: every shard has its own sha256, width;"),
+        ("download.extra_columns=['uid', 'w']", r"every shard has its own uid; .* \(source_uid is the list's\)"),
     ],
 )
 def test_load_recipe_refuses_what_does_not_go_together(override: str, words: str) -> None:
