@@ -40,6 +40,11 @@ def require_prob(name: str, value: float) -> None:
     require(0.0 <= value <= 1.0, f"{name} = {value}: a probability lies in [0, 1]")
 
 
+def require_dropout(value: float) -> None:
+    """Raise ValueError unless ``value``, of the field ``dropout``, is a probability that 16 bits hold below 1."""
+    require(0.0 <= value < 1 - 2**-17, f"dropout = {value}: a probability lies in [0, 1 - 2^-17)")
+
+
 def require_norm(image_norm: float) -> None:
     """Raise ValueError unless ``image_norm`` is a length that z_image can have."""
     require(0.0 < image_norm < float("inf"), f"image_norm = {image_norm}: must be positive and finite")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Literal
 
-from models.configclass import configclass, require, require_prob
+from models.configclass import configclass, require, require_dropout, require_prob
 from models.layers.config import require_transformer
 
 
@@ -83,5 +83,5 @@ class ArPriorConfig:
             self.sampler.top_k <= self.num_buckets,
             f"sampler.top_k = {self.sampler.top_k} is above num_buckets = {self.num_buckets}",
         )
-        require_prob("dropout", self.dropout)
+        require_dropout(self.dropout)
         require_prob("text_drop_prob", self.text_drop_prob)

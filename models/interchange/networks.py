@@ -34,7 +34,7 @@ Json = dict[str, Any]
 
 DIFFUSERS_VERSION = "0.37.1"
 """The release whose layout is written, and with which it is tested."""
-TRAINING_FIELDS = frozenset({"dropout", "text_drop_prob", "image_drop_prob", "unknown_prob"})
+TRAINING_FIELDS = frozenset({"dropout", "text_drop_prob", "image_drop_prob", "pooled_drop_prob", "unknown_prob"})
 """Fields that change no forward pass: the layout need not hold them."""
 _SAMPLER_FIELDS = frozenset({"clip_x0", "clip_range", "num_steps", "guidance_scale", "method"})
 """In a scheduler, arguments of the pipeline's call, or (``method``) reported to the user by `unclip export`."""

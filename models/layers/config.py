@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from models.configclass import configclass, require, require_prob
+from models.configclass import configclass, require, require_dropout
 
 
 def require_transformer(width: int, depth: int, num_heads: int, *, prefix: str = "", depth_name: str = "depth") -> None:
@@ -70,7 +70,7 @@ class UNetConfig:
         )
         require(self.channels % 2 == 0, f"channels = {self.channels}: must be even")
         require(self.head_channels >= 1, f"head_channels = {self.head_channels}: at least 1")
-        require_prob("dropout", self.dropout)
+        require_dropout(self.dropout)
 
     def level_sides_px(self, image_px: int) -> tuple[int, ...]:
         """Side of each level for pictures of side ``image_px``, in pixels."""

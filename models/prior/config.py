@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Literal
 
-from models.configclass import configclass, require, require_norm, require_prob
+from models.configclass import configclass, require, require_dropout, require_norm, require_prob
 from models.diffusion.config import DiffusionConfig, SamplerConfig, require_steps
 from models.layers.config import require_transformer
 
@@ -43,7 +43,7 @@ class PriorConfig:
         require(self.mlp_ratio >= 1, f"mlp_ratio = {self.mlp_ratio}: at least 1")
         require(self.num_candidates >= 1, f"num_candidates = {self.num_candidates}: at least 1")
         require_norm(self.image_norm)
-        require_prob("dropout", self.dropout)
+        require_dropout(self.dropout)
         require_prob("text_drop_prob", self.text_drop_prob)
         require(
             self.diffusion.variance != "learned_range",

@@ -272,8 +272,8 @@ def import_diffusers(folder: Path, out: Path) -> list[str]:
         save_network(Artifact(f"{target.uri}/{name}"), config, widths, state)
     target.write_bytes("recipe.toml", _recipe(out).encode())
     notes = [] if clip.has_images else [NO_IMAGE_TOWER]
-    last = source.component("super_res_last").tensors
-    if any(not torch.equal(tensor, super_res.tensors[name]) for name, tensor in last.items()):
+    first, last = super_res.tensors, source.component("super_res_last").tensors
+    if first.keys() != last.keys() or not all(torch.equal(tensor, first[name]) for name, tensor in last.items()):
         notes.append("super_res_last (another network for the last step) is left out: super_res_first takes every step")
     return notes
 

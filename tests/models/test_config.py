@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from models.ar_prior.config import ArPriorConfig
 from models.clip_config import ClipConfig
 from models.decoder.config import DecoderConfig
 from models.diffusion import config as configs
@@ -53,6 +54,9 @@ def test_config_documents_every_field(cls: type) -> None:
         (lambda: ClipConfig(text_width=100, text_heads=3), "multiple of text_heads"),
         (lambda: PriorConfig(width=100, num_heads=3), "multiple of num_heads"),
         (lambda: PriorConfig(text_drop_prob=1.5), "probability"),
+        (lambda: PriorConfig(dropout=1.0), "dropout = 1.0: a probability"),
+        (lambda: ArPriorConfig(dropout=1 - 2**-17), "dropout = 0.9999"),
+        (lambda: UNetConfig(dropout=-0.1), "dropout = -0.1"),
         (lambda: PriorConfig(diffusion=DiffusionConfig(variance="learned_range")), "the prior predicts"),
         (lambda: PriorConfig(diffusion=DiffusionConfig(num_timesteps=10)), "above num_timesteps"),
         (lambda: PriorConfig(diffusion=DiffusionConfig(loss="vlb")), "256 grey levels"),

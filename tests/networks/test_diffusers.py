@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,18 @@ from models.ar_prior.config import ArPriorConfig
 from models.ar_prior.network import ArPrior
 from models.ar_prior.stage import ArPriorStage
 from models.cascade import Cascade
+from models.clip_config import ClipDims
 from models.decoder.network import Decoder
 from models.decoder.stage import DecoderStage
 from models.diffusion.config import DiffusionConfig, SamplerConfig
-from models.interchange.networks import import_diffusion, import_sampler, scheduler_config
+from models.interchange.networks import (
+    TRAINING_FIELDS,
+    decoder_problems,
+    import_diffusion,
+    import_sampler,
+    prior_problems,
+    scheduler_config,
+)
 from models.prior.network import Prior
 from models.prior.stage import PriorStage
 from models.upsampler.network import Upsampler
@@ -207,6 +215,13 @@ def test_ways_of_sampling_that_the_pipeline_lacks_are_refused_by_name(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("config", "problems_of"), [(PRIOR, prior_problems), (DECODER, decoder_problems)])
+def test_probabilities_of_training_alone_may_have_any_value(config: Any, problems_of: Any) -> None:
+    names = {field.name for field in fields(config) if field.name == "dropout" or field.name.endswith("_prob")}
+    assert names <= TRAINING_FIELDS
+    assert problems_of(replace(config, **dict.fromkeys(names, 0.25)), ClipDims()) == []
+
+
 def test_noise_of_the_upsampler_is_refused_by_name(tmp_path: Path) -> None:
     cascade = make_cascade(replace(UPSAMPLER, noise_level_max=0.3, noise_level=0.1))
     with pytest.raises(
@@ -215,7 +230,10 @@ def test_noise_of_the_upsampler_is_refused_by_name(tmp_path: Path) -> None:
         write(cascade, tmp_path / "out")
 
 
-def test_older_bin_weights_and_another_last_network_are_read(exported: tuple[Cascade, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", ["value", "name"])
+def test_older_bin_weights_and_another_last_network_are_read(
+    exported: tuple[Cascade, Path], tmp_path: Path, change: str
+) -> None:
     folder = tmp_path / "older"
     shutil.copytree(exported[1], folder)
     for name in ("prior", "super_res_last"):
@@ -223,7 +241,8 @@ def test_older_bin_weights_and_another_last_network_are_read(exported: tuple[Cas
         tensors = load_file(path)
         path.unlink()
         if name == "super_res_last":
-            tensors["conv_in.bias"] = tensors["conv_in.bias"] + 1
+            bias = tensors.pop("conv_in.bias")
+            tensors["conv_in.bias" if change == "value" else "conv_in.shift"] = bias + 1
         torch.save({key: tensor.half() for key, tensor in tensors.items()}, path.with_suffix(".bin"))
     notes = import_diffusers(folder, tmp_path / "ours")
     assert len(notes) == 1
