@@ -155,12 +155,13 @@ def test_report_escapes_what_people_wrote(tmp_path: Path) -> None:
 @pytest.mark.parametrize("until", ["pairs", "evaluate"])
 def test_report_shows_no_password(until: str, tmp_path: Path) -> None:
     uri = "http://me:secret@host:5000"
-    lists = [{"source": "list", "path": "https://me:secret@data/a.csv"}]
-    recipe = make_recipe(tmp_path / "w", tracking={"uri": uri}, pairs={"lists": lists})
+    folders = {"allowed_folders": ["s3://me:secret@bucket/a"]}
+    recipe = make_recipe(tmp_path / "w", tracking={"uri": uri}, download={"image_px": 128} | folders)
     fill_workspace(recipe, until=until)
     text = _report(recipe, tmp_path / "report.html", f"demo.toml --set tracking.uri={uri}")
     assert "secret" not in text
     assert "http://me:***@host:5000" in text
+    assert "s3://me:***@bucket/a" in text
 
 
 def test_report_names_a_broken_curve(recipe: Recipe, tmp_path: Path) -> None:
