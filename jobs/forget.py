@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.options import AsJson, Next, RayAddress, print_json, print_warning
+from jobs.options import AsJson, Next, RayAddress, print_json, print_warning, require_workspace
 from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import Recipe, load_recipe
 from pipeline.workspace.forgotten import Pending
@@ -65,7 +65,7 @@ def forget(
         print_json(_as_json(search, done, is_forgotten=delete))
         return ()
     if search is not None:
-        _print_search(search, recipe or "RECIPE", is_forgotten=delete)
+        _print_search(search, recipe or "RECIPE", place.root, is_forgotten=delete)
         if done is None:
             _print_removals(search.pending, "is removed with --compact, or by the next run")
     if done is not None:
@@ -85,7 +85,7 @@ def _place(recipe: str, workspace: str) -> tuple[Recipe | None, Workspace]:
         raise ConfigError("say which workspace: --recipe RECIPE, or --workspace FOLDER")
     resolved = load_recipe(recipe) if recipe else None
     place = Workspace(workspace or (resolved.workspace if resolved else ""))
-    place.check()
+    require_workspace(place)
     return resolved, place
 
 
@@ -101,7 +101,7 @@ def _rewrite(place: Workspace, lock: Lock, recipe: Recipe | None, address: str) 
         return finish_forgetting(place, lock.check, lambda text: typer.echo(text, err=True), recipe)
 
 
-def _print_search(search: "Search", recipe: str, *, is_forgotten: bool) -> None:
+def _print_search(search: "Search", recipe: str, root: str, *, is_forgotten: bool) -> None:
     for step, count in search.rows.items():
         typer.echo(f"{step:<17} {count} rows")
     for network in search.networks:
@@ -118,6 +118,9 @@ def _print_search(search: "Search", recipe: str, *, is_forgotten: bool) -> None:
         )
     for name in search.unknown:
         typer.echo(f"not in the workspace: {name}{'; it will not be taken' if is_forgotten else ''}", err=True)
+    if not search.uids:
+        typer.echo(f"0 pairs: none of {len(search.names)} names is in {root}")
+        return
     verdict = "forgotten" if is_forgotten else "found; nothing is changed"
     typer.echo(f"{len(search.uids)} pairs of {len(search.names)} names: {verdict}")
 

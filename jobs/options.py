@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.errors import UnclipError
+from pipeline.errors import ConfigError, UnclipError
+from pipeline.recipe.steps import STEP_ROWS
 from pipeline.workspace.store import Workspace
 
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe file, for example configs/demo.toml.")]
@@ -70,6 +71,17 @@ def describe_workspace(workspace: Workspace) -> str:
     """Where the artifacts of a recipe are: a relative path depends on the folder where a person stands."""
     is_empty = all(name.startswith(".") for name in workspace.keys(""))
     return f"workspace {workspace.root}{' (nothing is there yet)' if is_empty else ''}"
+
+
+def require_workspace(workspace: Workspace) -> None:
+    """Make sure that a run has written to a workspace, before its lock is taken, which would make the folder.
+
+    Raises:
+        ConfigError: If there is none, or its store does not answer.
+    """
+    workspace.check()
+    if not {"recipes", *STEP_ROWS} & {*workspace.keys("")}:
+        raise ConfigError(f"{workspace.root}: no workspace is here; relative paths start at the folder where you are")
 
 
 def print_next(*commands: str) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jobs.options import AsJson, Next, Overrides, print_json, print_warning, recipe_words
+from jobs.options import AsJson, Next, Overrides, print_json, print_warning, recipe_words, require_workspace
 from pipeline.errors import ConfigError, UnclipError
 from pipeline.recipe.lineage import Lineage, Node, mermaid, trace
 from pipeline.recipe.recipe import load_recipe
@@ -94,9 +94,7 @@ def gc(
         raise ConfigError("gc --set changes one recipe; name one, or write each into a file of its own")
     loaded = [load_recipe(recipe, overrides or []) for recipe in recipes]
     workspace = Workspace(loaded[0].workspace)
-    workspace.check()
-    if not workspace.keys(""):  # the lock would make it
-        raise ConfigError(f"{workspace.root}: no workspace is here; relative paths start at the folder where you are")
+    require_workspace(workspace)
     with locked_workspace(workspace, print_warning) as lock:  # what runs is not looked at, nor touched
         runs = last_runs(workspace, loaded)
         garbage, others = find_garbage(workspace, loaded, runs)

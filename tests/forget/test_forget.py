@@ -236,13 +236,13 @@ def test_networks_that_are_not_made_from_each_other_are_each_named(
     prior.write_json(INPUTS, manifest.input_contents)
     result = search(made.workspace, [BY_URL])
     assert {step for step, _ in result.roots} == {"decoder", "upsampler_1", "upsampler_2"}
-    _print_search(result, "my.toml", is_forgotten=True)
+    _print_search(result, "my.toml", "w", is_forgotten=True)
     text = capsys.readouterr().out
     assert f"{prior.key}  is being trained on 1 of these pairs" in text
     assert "unclip run my.toml --from decoder --force; and unclip run my.toml --from upsampler_1 --force; and" in text
     for step in ("decoder", "upsampler_1", "upsampler_2"):
         made.artifact(step).clear()
-    _print_search(search(made.workspace, [BY_URL]), "my.toml", is_forgotten=True)
+    _print_search(search(made.workspace, [BY_URL]), "my.toml", "w", is_forgotten=True)
     assert "--from" not in capsys.readouterr().out
 
 
