@@ -46,7 +46,10 @@ def _edit(
         ),
     ] = None,
     seed: Seed = 0,
-    out: Annotated[str, typer.Option("--out", help="Folder for the pictures, grid.png and edits.jsonl.")] = "out",
+    out: Annotated[
+        str,
+        typer.Option("--out", help="Folder for the pictures, grid.png and edits.jsonl; those of before are replaced."),
+    ] = "out",
     overrides: Overrides = None,
     json: AsJson = False,
 ) -> Next:

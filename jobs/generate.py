@@ -31,7 +31,12 @@ def sample(
     prompts_path: Annotated[str, typer.Option("--prompts", help="Text file of prompts, one a line.")] = "",
     num_images: Annotated[int, typer.Option("-n", min=1, help="Pictures of each prompt.")] = 4,
     seed: Seed = 0,
-    out: Annotated[str, typer.Option("--out", help="Folder for the pictures, grid.png and samples.jsonl.")] = "out",
+    out: Annotated[
+        str,
+        typer.Option(
+            "--out", help="Folder for the pictures, grid.png and samples.jsonl; those of before are replaced."
+        ),
+    ] = "out",
     candidates: Annotated[
         int,
         typer.Option(

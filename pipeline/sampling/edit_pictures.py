@@ -5,6 +5,7 @@ The mathematics is in models/editor.py.
 """
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,6 +47,8 @@ Pixels = NDArray[np.uint8]
 EDITS_FILE = "edits.jsonl"
 _OF_A_PART = ("inpaint", "outpaint")
 """Edits that leave a part of the picture as it is."""
+_WRITTEN = re.compile(r"(\d{3,}|source-\d+|grid|preview)\.png")
+"""Names of the pictures that an edit writes; each of an earlier edit may be replaced."""
 _CELL_PX = (128, 256)
 _COLUMNS = 10
 """Most pictures side by side in the grid."""
@@ -111,10 +114,12 @@ def edit_recipe(
         The rows of ``edits.jsonl``.
 
     Raises:
-        ConfigError: If a file is not a picture, a network is not trained yet, or the edit cannot be done.
+        ConfigError: If a file is not a picture, or stands where a picture will be written; if a network is not trained
+            yet, or the edit cannot be done.
         StepError: If the folder cannot be written.
     """
     pictures = tuple(read_file(file) for file in files)
+    _require_apart(out_dir, [*files, options.mask])
     with in_use_of(recipe, (*CASCADE_STEPS, "embed")):
         artifacts = finished_artifacts(recipe, CASCADE_STEPS)
         embed = next(step for step in make_plan(recipe, until="embed") if step.name == "embed")
@@ -130,6 +135,14 @@ def edit_recipe(
                 except EditError as error:
                     raise ConfigError(f"{edit}: {error}") from None
             return _write(out_dir, edit, editor, sources, frames, model_card(recipe, artifacts))
+
+
+def _require_apart(out_dir: Path, files: Sequence[str]) -> None:
+    """Refuse a folder in which an edit would replace what it starts from, also by way of a link."""
+    sources = [file for file in files if Path(file).is_file()]
+    for path in out_dir.glob("*.png"):
+        if _WRITTEN.fullmatch(path.name) and path.exists() and any(path.samefile(file) for file in sources):
+            raise ConfigError(f"{path}: the edit starts from it and would replace it; choose another --out")
 
 
 def _write(out_dir: Path, edit: str, editor: Editor, sources: Sources, frames: Frames, card: ModelCard) -> list[Json]:

@@ -225,6 +225,34 @@ def test_what_cannot_be_edited_is_a_configuration_error(
         edit_recipe(untrained, "vary", files[:1], options(mask), QUICK, out_dir=tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["000.png", "source-0.png", "grid.png", "preview.png"])
+@pytest.mark.parametrize("is_mask", [False, True])
+@pytest.mark.parametrize("is_linked", [False, True])
+def test_an_edit_does_not_replace_what_it_starts_from(
+    name: str, is_mask: bool, is_linked: bool, tiny: Recipe, files: list[str], mask: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    original = tmp_path / "original.png" if is_linked else out / name
+    original.write_bytes(before := Path(mask if is_mask else files[0]).read_bytes())
+    if is_linked:
+        (out / name).symlink_to(original)
+    source = files[0] if is_mask else str(original)
+    chosen = options(str(original) if is_mask else mask)
+    with pytest.raises(ConfigError, match=rf"out/{name}: the edit starts from it and would replace it"):
+        edit_recipe(tiny, "inpaint", [source], chosen, QUICK, out_dir=out)
+    assert original.read_bytes() == before
+    assert {path.name for path in out.iterdir()} == {name}
+
+
+def test_an_edit_may_start_from_another_picture_of_its_folder(tiny: Recipe, files: list[str], tmp_path: Path) -> None:
+    photo = tmp_path / "photo.png"
+    photo.write_bytes(before := Path(files[0]).read_bytes())
+    for _ in range(2):
+        edit_recipe(tiny, "vary", [str(photo)], EditOptions(num_images=1), QUICK, out_dir=tmp_path)
+    assert photo.read_bytes() == before
+
+
 def test_candidates_are_kept_by_clip_score(tiny: Recipe, tmp_path: Path) -> None:
     prompts = ["a red circle", "a small blue star"]
     plain = sample_recipe(tiny, prompts, num_images=5, seed=3, out_dir=tmp_path / "all", num_candidates=5)
