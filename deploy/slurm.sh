@@ -39,8 +39,14 @@ start() { # its machine, then the options of `ray start`
     srun --overlap --nodes=1 --ntasks=1 --nodelist="$1" ray start "${common[@]}" "${@:2}" &
 }
 start "$head" --head --port="$port" --node-ip-address="$address" --dashboard-host=127.0.0.1
+head_start=$! deadline=$((SECONDS + 300))
 until ray health-check --address "$address:$port" >/dev/null 2>&1; do
     sleep 2
+    # Without a head, all machines would idle until --time.
+    if ! kill -0 "$head_start" 2>/dev/null || ((SECONDS > deadline)); then
+        echo "Ray's head did not start on $head at $address:$port; another port: RAY_PORT=6380 sbatch ..." >&2
+        exit 4
+    fi
 done
 for machine in "${machines[@]:1}"; do
     start "$machine" --address="$address:$port"
