@@ -51,4 +51,4 @@ setup: .venv/.ready
 	touch $@
 
 clean:
-	rm -rf .venv workspace out
+	rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache .hypothesis

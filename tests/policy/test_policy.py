@@ -183,6 +183,17 @@ def test_the_lab_book_is_dated_and_in_order() -> None:
     assert headings == sorted(headings, key=lambda one: one[:10])
 
 
+def test_no_line_of_the_changelog_stands_twice() -> None:
+    lines = [line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.strip()]
+    assert [line for line in dict.fromkeys(lines) if lines.count(line) > 1] == []
+
+
+def test_make_removes_nothing_that_a_person_made() -> None:
+    words = [word for line in re.findall(r"\brm .*", (ROOT / "Makefile").read_text()) for word in line.split()[1:]]
+    assert ".venv" in words
+    assert [word for word in words if not word.startswith((".", "-"))] == []  # workspace, out
+
+
 def test_text_is_ascii() -> None:
     for name in _tracked():
         if name.endswith((".py", ".toml")):
