@@ -22,6 +22,7 @@ from pipeline.machine import free_memory_bytes, num_cpus
 from pipeline.recipe.paths import without_password
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import STEPS
+from pipeline.workspace.lock import locked
 from pipeline.workspace.store import Workspace
 
 State = Literal["ok", "warning", "problem"]
@@ -211,13 +212,18 @@ def check_proxy(environment: Mapping[str, str]) -> Finding:
 
 
 def check_workspace(workspace: Workspace) -> Finding:
-    """A file can be written to the workspace, read, and removed."""
+    """A file can be written to the workspace, read, locked, and removed."""
     probe, name = workspace.artifact("doctor", uuid.uuid4().hex), "probe"
     try:
         workspace.check()
         probe.write_bytes(name, b"unclip")
         is_same = probe.path(name).read_bytes() == b"unclip"
-        probe.destroy()
+        try:
+            if workspace.is_local:
+                with locked(f"{probe.uri}/lock", "", lambda _: None):
+                    pass
+        finally:
+            probe.destroy()
     except UnclipError as error:
         return Finding("workspace", "problem", f"{workspace.root}: {error}", "see the message")
     except OSError as error:
@@ -227,7 +233,7 @@ def check_workspace(workspace: Workspace) -> Finding:
             _remove_if_empty(Path(workspace.root) / "doctor")
     if not is_same:
         return Finding("workspace", "problem", f"{workspace.root}: other bytes come back", "use another disk or store")
-    return Finding("workspace", "ok", f"{workspace.root}: written, read and removed")
+    return Finding("workspace", "ok", f"{workspace.root}: written, read, locked and removed")
 
 
 def check_tracker(uri: str) -> Finding:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO
 
 from pipeline.errors import ConfigError, DataError, StepError
-from pipeline.workspace.disk import own_folder, require_own, translate_os_errors
+from pipeline.workspace.disk import flock, own_folder, require_own, translate_os_errors
 from pipeline.workspace.hashing import sha256_of
 
 _GRACE_S = 60.0
@@ -95,7 +95,7 @@ def cached_path(
 
     Raises:
         DataError: If what was fetched is not what the store or the record says.
-        StepError: If the disk is full.
+        StepError: If the disk is full, or has no locks.
     """
     local = _place(uri)
     with translate_os_errors(str(local)), _entry(local) as entry:
@@ -154,12 +154,12 @@ def temporary_file(name: str) -> Generator[Path]:
     with translate_os_errors(str(root)):
         _make_folder(root)
         with _open_for_all(root / ".lock") as lock:  # nobody takes a new folder, not locked yet, for an abandoned one
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            flock(lock, fcntl.LOCK_EX, str(root))
             _remove_abandoned(root)
             folder = root / uuid.uuid4().hex
             _make_folder(folder)
             handle = os.open(folder, os.O_RDONLY)
-            fcntl.flock(handle, fcntl.LOCK_EX)  # it ends with the process
+            flock(handle, fcntl.LOCK_EX, str(root))  # it ends with the process
     try:
         yield folder / name
     finally:
@@ -260,7 +260,7 @@ def _entry(local: Path) -> Generator[IO[bytes]]:
     while True:
         _make_folder(local.parent)
         with _open_for_all(path) as entry:
-            fcntl.flock(entry, fcntl.LOCK_EX)
+            flock(entry, fcntl.LOCK_EX, str(path.parent.parent))
             if path.exists() and os.fstat(entry.fileno()).st_ino == path.stat().st_ino:
                 yield entry
                 return
@@ -331,6 +331,6 @@ def _remove_abandoned(root: Path) -> None:
         if folder.is_dir():
             handle = os.open(folder, os.O_RDONLY)
             with contextlib.suppress(BlockingIOError):  # its writer is alive
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, str(root))
                 shutil.rmtree(folder, ignore_errors=True)
             os.close(handle)

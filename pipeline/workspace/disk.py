@@ -1,12 +1,13 @@
-"""Folders of a disk, or of what is mounted like one: their files, and messages when they are full or forbidden."""
+"""Folders of a disk, or of what is mounted like one: files, locks, and messages when they are full or forbidden."""
 
 import contextlib
 import errno
+import fcntl
 import os
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from pipeline.errors import StepError, UnclipError
 from pipeline.workspace.outage import Outage
@@ -21,6 +22,8 @@ _DISK_REASONS = {
     errno.ENOTDIR: "a part of this path is a file, not a folder",
     errno.EEXIST: "a file is where a folder should be",
 }
+_WITHOUT_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP})
+"""What flock says on Lustre without `-o flock`, on NFS whose server has no locks, and on some FUSE mounts."""
 _PASSING_ERRNOS = frozenset(
     {errno.ESTALE, errno.EIO, errno.EREMOTEIO, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.EAGAIN}
 )
@@ -51,6 +54,27 @@ def translate_os_errors(where: str) -> Generator[None]:
         if not reasons:
             raise
         raise StepError(f"{where}: {reasons[0]}") from error
+
+
+def flock(file: IO[str] | IO[bytes] | int, operation: int, where: str) -> None:
+    """Lock an open file, as ``fcntl.flock``.
+
+    Args:
+        file: The file, or its descriptor.
+        operation: Of ``fcntl``: ``LOCK_EX`` or ``LOCK_SH``, perhaps with ``LOCK_NB``.
+        where: The path, for the message.
+
+    Raises:
+        BlockingIOError: With ``LOCK_NB``, if another process holds it.
+        StepError: If this file system has no locks.
+    """
+    try:
+        fcntl.flock(file, operation)
+    except OSError as error:
+        if error.errno not in _WITHOUT_LOCKS:
+            raise
+        mend = "mount it with locks (Lustre: -o flock), or use a folder on another one"
+        raise StepError(f"{where}: this file system has no locks ({error.strerror}): {mend}") from error
 
 
 def files_below(folder: str) -> Iterator[tuple[str, os.DirEntry[str]]]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pipeline.errors import StepError
-from pipeline.workspace.disk import translate_os_errors
+from pipeline.workspace.disk import flock, translate_os_errors
 from pipeline.workspace.objects import ObjectStore
 from pipeline.workspace.store import Workspace
 
@@ -51,7 +51,7 @@ def locked(at: str, place: str, warn: Callable[[str], None]) -> contextlib.Abstr
         warn: Receives a sentence if the lock of a dead process is broken.
 
     Raises:
-        StepError: If another process has the lock.
+        StepError: If another process has the lock, or the file system has no locks.
     """
     return _locked_in_store(at, place, warn) if "://" in at else _locked_here(Path(at), place)
 
@@ -92,11 +92,11 @@ def holder_of(workspace: Workspace) -> str:
     return _use_here(Path(workspace.root) / ".lock", remove=False).get("owner", "")
 
 
-def _taken(lock: IO[str]) -> bool:
+def _taken(lock: IO[str], where: str) -> bool:
     """Take a lock; again after a moment, because `status` looks at it by taking it for an instant."""
     for wait_s in (0.05, 0.05, None):
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, where)
         except BlockingIOError:
             if wait_s:
                 time.sleep(wait_s)
@@ -108,7 +108,8 @@ def _taken(lock: IO[str]) -> bool:
 def _use_here(file: Path, *, remove: bool = True) -> dict[str, Any]:
     with contextlib.suppress(FileNotFoundError), file.open() as lock:
         try:
-            fcntl.flock(lock, (fcntl.LOCK_EX if remove else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            # Shared: NFS gives an exclusive lock to a file that is open for writing alone.
+            flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB, str(file.parent))
         except BlockingIOError:
             owner, _, artifacts = lock.read().partition("\n")
             return {"owner": owner, "artifacts": artifacts.split()}
@@ -133,7 +134,7 @@ def _locked_here(file: Path, place: str, artifacts: Sequence[str] = ()) -> Gener
             file.parent.mkdir(parents=True, exist_ok=True)
             lock = file.open("a+")
         with lock:
-            if not _taken(lock):
+            if not _taken(lock, str(file.parent)):
                 lock.seek(0)
                 raise StepError(f"{place} ({lock.read().strip()}); wait for it")
             if not _is_at(file, lock):  # it was removed before it was locked, as one that a dead process left
