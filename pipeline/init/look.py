@@ -7,10 +7,11 @@ from typing import Any
 
 import pyarrow.compute
 
+from pipeline.data.caption_files import PICTURE_SUFFIXES
 from pipeline.data.captions import MOST_CAPTIONS
 from pipeline.data.folders import has_pictures
 from pipeline.data.list_columns import CAPTION_COLUMNS, NO_CAPTIONS, URL_COLUMNS, find_column
-from pipeline.data.lists import format_of, list_columns, list_files
+from pipeline.data.lists import FORMATS, format_of, list_columns, list_files
 from pipeline.data.reading import Reading, name_examples
 from pipeline.data.sources import Source, count_pairs
 from pipeline.errors import ConfigError, DataError
@@ -77,7 +78,11 @@ def _section(source: str, url_column: str, caption_column: str) -> tuple[PairsCo
         raise ConfigError(f"{source}: no such list or folder")
     if has_pictures(source):
         return PairsConfig(source="folder", path=source, caption_column=caption_column), "pictures in a folder"
-    suffixes = {PurePath(file.uri).suffix.lower() for file in find_files(source)}
+    dead_links = list[str]()
+    suffixes = {PurePath(file.uri).suffix.lower() for file in find_files(source, dead_links)}
+    if not suffixes and not dead_links:
+        pictures, lists = " ".join(sorted(PICTURE_SUFFIXES)), " ".join(f".{name}" for name in FORMATS)
+        raise ConfigError(f"{source}: this folder holds no pictures ({pictures}), lists ({lists}) or shards (.tar)")
     if ".tar" in suffixes:
         return PairsConfig(source="shards", path=source), "pictures in shards (*.tar), which are taken in as they are"
     names = list_columns(source)

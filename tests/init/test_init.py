@@ -151,6 +151,24 @@ def test_write_recipe_refuses_a_list_without_rows(tmp_path: Path) -> None:
         write_recipe(str(_list(tmp_path, 0)), str(tmp_path / "x.toml"), gpu=False)
 
 
+@pytest.mark.parametrize("name", ["", "below/.hidden.csv"])
+def test_write_recipe_of_an_empty_folder_says_what_it_looked_for(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "pictures"
+    (folder / "below").mkdir(parents=True)
+    if name:
+        (folder / name).write_text("url,caption")
+    with pytest.raises(ConfigError, match=rf"{folder}: this folder holds no pictures \(.*\.jpg.*\.csv.*\.tar"):
+        write_recipe(str(folder), str(tmp_path / "x.toml"), gpu=False)
+
+
+def test_write_recipe_of_a_folder_of_lost_links_names_them(tmp_path: Path) -> None:
+    folder = tmp_path / "lists"
+    folder.mkdir()
+    (folder / "a.csv").symlink_to(tmp_path / "gone.csv")
+    with pytest.raises(DataError, match="1 of its files are links that lead to no file"):
+        write_recipe(str(folder), str(tmp_path / "x.toml"), gpu=False)
+
+
 @pytest.mark.parametrize("name", ["caf\u00e9 \U0001f680", 'a "b" \\ c', "two\nlines", "del\x7f", "tab\there"])
 def test_write_recipe_takes_any_name_of_a_file(tmp_path: Path, name: str) -> None:
     listed = _list(tmp_path, 12).rename(tmp_path / f"{name}.csv")
