@@ -121,7 +121,8 @@ def _print_cost(resolved: Recipe, until: str, *, json: bool) -> None:
         networks = [network.to_dict() | {"worker_memory": of_workers.get(network.name)} for network in costs]
         print_json({"networks": networks, "bill": bill and bill.to_dict()})
         return
-    parts = [format_costs(costs), format_memory(memories, resolved), *([format_bill(bill)] if bill else [])]
+    networks = [format_costs(costs), format_memory(memories, resolved)] if costs else [f"no network up to {until}"]
+    parts = [*networks, *([format_bill(bill)] if bill else [])]
     typer.echo("\n\n".join(parts))
 
 

@@ -46,7 +46,7 @@ def keys(
             typer.echo(f"{whose:20} {created} {opens} {used}")
         return (f"unclip keys add {file} NAME", f"unclip keys revoke {file} NAME")
     if not name:
-        raise ConfigError(f"keys {action}: say whose key: unclip keys {action} {path} NAME")
+        raise ConfigError(f"keys {action}: say whose key: unclip keys {action} {file} NAME")
     if action == "revoke":
         revoke_key(path, name)
         typer.echo(f"{name} is revoked; running servers refuse the key from now on", err=True)

@@ -22,6 +22,7 @@ from models.pixels import resize, to_pixels, to_uint8
 from models.stage import PIXELS, Z_IMAGE, Batch, DiffusionStage
 from pipeline.clip.frozen import FrozenClip
 from pipeline.data import batches
+from pipeline.data.mends import repair_hint
 from pipeline.data.negatives import hard_negatives
 from pipeline.data.shards import StoredPictures
 from pipeline.errors import DataError
@@ -374,7 +375,7 @@ def read_part(output: Artifact, part: Part) -> list[Json]:
     try:
         table = pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: damaged ({error}); remove it and its .done.json, run again") from None
+        raise DataError(f"{path}: damaged ({error}); {repair_hint(path)}") from None
     vectors = [name for name in table.column_names if name in _VECTORS]
     rows: list[Json] = table.drop_columns(vectors).to_pylist()
     for name in vectors:  # without Python numbers: tens of thousands of rows have tens of millions

@@ -39,9 +39,10 @@ def folder_tables(folder: Path) -> Json:
         try:
             model: Json = json.loads(path.read_text(encoding="utf-8"))["config"]
         except (OSError, ValueError, KeyError, TypeError) as error:
+            reason = f"there is no {path}" if isinstance(error, FileNotFoundError) else f"{path}: {error!r}"
             raise ConfigError(
                 f"{folder}: neither a recipe nor a folder of networks, as `unclip import` or `unclip export --native` "
-                f"writes it: {path}: {type(error).__name__}: {error}"
+                f"writes it: {reason}"
             ) from None
         tables[row.name] = {"init_from": str(folder.resolve() / row.name), "train": {"num_steps": 0}, "model": model}
         sides_px.append(model.get("image_px", 0))

@@ -9,6 +9,8 @@ from pipeline.data.mends import repair_hint
 from pipeline.data.shard_tables import read_table
 from pipeline.data.tar_index import index_tar
 from pipeline.errors import DataError
+from pipeline.evaluate.parts import read_part
+from pipeline.evaluate.work import Part
 from pipeline.workspace.store import Artifact
 from tests.tiny.shards import noisy_shard
 
@@ -42,6 +44,13 @@ def test_a_damaged_copy_of_a_stores_file_is_removed_and_fetched_again(tmp_path: 
     copy.unlink()
     assert artifact.path("00000.tar") == copy
     assert copy.read_bytes() == whole
+
+
+def test_a_damaged_copy_of_a_part_of_an_evaluation_is_fetched_again() -> None:
+    output, part = Artifact("memory://damaged/evaluate/key"), Part("samples", 0, 0, 1)
+    output.write_bytes(f"{part.name}.parquet", b"no table")
+    with pytest.raises(DataError, match=r"samples-00000\.parquet: damaged .* remove it, and it is fetched again;"):
+        read_part(output, part)
 
 
 def test_a_link_names_the_file_that_it_leads_to(tmp_path: Path) -> None:

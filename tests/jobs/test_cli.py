@@ -91,6 +91,7 @@ def test_version_is_the_package_version() -> None:
         (["run", "configs/demo.toml", "--set", "workspace=README.md"], 4, ["README.md", "a file is where a folder"]),
         (["search", "configs/demo.toml"], 2, ["--image"]),
         (["init", "none.csv"], 2, ["none.csv"]),
+        (["keys", "add", "my keys.json"], 2, ["say whose key: unclip keys add 'my keys.json' NAME"]),
         (["export", "configs/demo.toml"], 2, ["--diffusers", "--native"]),
         (["import", "none", "--out", "none"], 3, ["none/model_index.json"]),
         (["submit", "configs/demo.toml", "--address", "http://127.0.0.1:1"], 4, ["127.0.0.1:1"]),
@@ -233,6 +234,13 @@ def test_a_dry_run_proposes_the_run_that_it_shows(tmp_path: Path) -> None:
         assert sorted(proposed) == sorted(["unclip", "run", recipe, *words])
     tried = {word for words in _RUN for word in words if word.startswith("--")}
     assert _options("run") - tried == {"--dry-run", "--json"}
+
+
+def test_the_cost_of_steps_without_a_network_is_no_empty_table(tmp_path: Path) -> None:
+    recipe = str(write_recipe(tmp_path, port=1))
+    costs = [unclip_here("plan", recipe, "--cost", "--until", step).stdout for step in ("pairs", "clip")]
+    assert costs[0].splitlines()[0] == "no network up to pairs"
+    assert ["parameters" in text for text in costs] == [False, True]
 
 
 def test_a_plan_proposes_commands_up_to_the_step_that_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
