@@ -1,7 +1,6 @@
 """Embeddings as numpy arrays and as Parquet columns of fixed-size lists of float16, which plain pyarrow reads."""
 
 import functools
-import mmap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.data.far_files import FarFiles, map_file, num_mapped_files
 from pipeline.data.mends import repair_hint
 from pipeline.data.rows import embeddings_schema
 from pipeline.data.shard_tables import name_of, read_table
@@ -27,7 +27,6 @@ page. The page ends with the bytes of its vectors, so `StoredVectors` reads a si
 
 VECTOR_COLUMNS = ("z_image", "z_text")
 _ONE_PAGE = {b"unclip": b"one plain page for each column of a row group"}
-_MAPPED_FILES = 4096  # Linux allows a process 65,530 maps
 
 
 @dataclass
@@ -209,26 +208,27 @@ class StoredVectors:
         groups: Where the vectors are.
         path_of: The local path of a file, by its number.
         embed_dim: Width D of a vector.
+        far: The same files, if some of them are in an object store.
     """
 
-    def __init__(self, groups: RowGroups, path_of: Callable[[int], Path], embed_dim: int) -> None:
+    def __init__(
+        self, groups: RowGroups, path_of: Callable[[int], Path], embed_dim: int, far: FarFiles | None = None
+    ) -> None:
         self._groups = groups
         self._embed_dim = embed_dim
-
-        @functools.lru_cache(_MAPPED_FILES)
-        def map_file(number: int) -> mmap.mmap:
-            with path_of(number).open("rb") as file:
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-        self._map = map_file
+        self._far = far
+        self._map = functools.lru_cache(num_mapped_files())(lambda number: map_file(path_of(number)))
 
     def read(self, rows: NDArray[np.int64], column: str) -> NDArray[np.float32]:
         """The vectors (len(rows), D) of ``z_image`` or ``z_text``, of length one."""
-        vectors = np.empty((len(rows), self._embed_dim), np.float16)
         groups = np.searchsorted(self._groups.first_rows, rows, side="right") - 1
         starts = self._groups.offsets[groups, VECTOR_COLUMNS.index(column)]
         starts = starts + (rows - self._groups.first_rows[groups]) * (2 * self._embed_dim)
-        for place, (file, start) in enumerate(zip(self._groups.files[groups].tolist(), starts.tolist(), strict=True)):
+        files = self._groups.files[groups]
+        if self._far is not None:
+            return to_unit(self._far.read(files, starts, 2 * self._embed_dim).view(np.float16))
+        vectors = np.empty((len(rows), self._embed_dim), np.float16)
+        for place, (file, start) in enumerate(zip(files.tolist(), starts.tolist(), strict=True)):
             vectors[place] = np.frombuffer(self._map(file), np.float16, self._embed_dim, start)
         return to_unit(vectors)
 

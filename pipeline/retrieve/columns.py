@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
@@ -12,11 +12,13 @@ from pipeline.data.mends import repair_hint
 from pipeline.data.pairs import cast_column
 from pipeline.data.shard_tables import read_schema, read_table
 from pipeline.errors import DataError
+from pipeline.workspace.files import is_remote
 from pipeline.workspace.store import Artifact
 
 compute: Any = pyarrow.compute  # its functions are made when it is imported, and have no types
 
 _CACHED_SHARDS = 256
+_THREADS = 16  # an object store answers many requests at a time
 _SUFFIX = ".parquet"
 
 
@@ -62,29 +64,35 @@ class StoredColumns:
         order: dict[str, list[int]] = {}
         for place, shard in enumerate(shards):
             order.setdefault(shard, []).append(place)
-        parts = [self._rows(shard, [keys[place] for place in places], names) for shard, places in order.items()]
+        own_keys = [[keys[place] for place in places] for places in order.values()]
+        read = functools.partial(self._rows, names=names)
+        if len(order) > 1 and any(is_remote(artifact.uri) for artifact, _ in self._schemas):
+            with ThreadPoolExecutor(_THREADS) as threads:
+                parts = list(threads.map(read, order, own_keys))
+        else:
+            parts = list(map(read, order, own_keys))
         places = pa.array([place for places in order.values() for place in places], pa.int64())
         table = pa.concat_tables(parts, promote_options="permissive") if parts else self._empty(names)
         return table.take(compute.sort_indices(places))
 
     def _rows(self, shard: str, keys: Sequence[str], names: Sequence[str]) -> pa.Table:
         columns: dict[str, Any] = {}
-        for artifact, schema in self._schemas:
+        for number, (artifact, schema) in enumerate(self._schemas):
             own = tuple(name for name in names if name in schema and name not in columns)
             if not own:
                 continue
-            path = artifact.path(f"{shard}{_SUFFIX}")
-            table = self._read(path, own)
+            table, mend = self._read(number, shard, own)
             rows = compute.index_in(pa.array(keys, pa.string()), value_set=table.column("key"))
             if rows.null_count:
                 missing = keys[rows.is_null().index(True).as_py()]
-                raise DataError(f"shard {shard}: key {missing}: no such row in {artifact.uri}; {repair_hint(path)}")
+                raise DataError(f"shard {shard}: key {missing}: no such row in {artifact.uri}; {mend}")
             columns |= {name: table.column(name).take(rows) for name in own}
         return pa.table({name: columns[name] for name in names})
 
-    @staticmethod
-    def _read_columns(path: Path, names: tuple[str, ...]) -> pa.Table:
-        return read_table(path, list(dict.fromkeys(["key", *names]))).combine_chunks()
+    def _read_columns(self, number: int, shard: str, names: tuple[str, ...]) -> tuple[pa.Table, str]:
+        """Columns of a shard's table in one of the artifacts, and what to do if they are wrong."""
+        file = self._schemas[number][0].ranged(f"{shard}{_SUFFIX}")
+        return read_table(file, list(dict.fromkeys(["key", *names]))).combine_chunks(), repair_hint(file)
 
     def _empty(self, names: Sequence[str]) -> pa.Table:
         return pa.table({name: pa.array([], self.fields[name]) for name in names})

@@ -81,10 +81,39 @@ class EmbeddedShards:
         source, file = self.shards[shard]
         return read_table(self.sources[source].ranged(f"{file}.parquet"), [name]).column(name).to_pylist()
 
-    def path(self, shard: int) -> Path:
-        """The local path of one shard's file."""
-        source, name = self.shards[shard]
+    def path(self, number: int) -> Path:
+        """The local path of one shard's file, by its number."""
+        source, name = self.shards[number]
         return self.sources[source].path(f"{name}.parquet")
+
+    @property
+    def are_far(self) -> bool:
+        """Whether some of the shards' files are in an object store."""
+        return any(source.reads_parts for source in self.sources)
+
+    def path_here(self, number: int) -> Path | None:
+        """The local path of one shard's file, by its number; None if it is in a store, and this machine has no copy."""
+        source, name = self.shards[number]
+        return self.sources[source].path_here(f"{name}.parquet")
+
+    def num_bytes(self, number: int) -> int:
+        """What the vectors of a shard take, which are nearly all of its file."""
+        return 2 * 2 * self.embed_dim * int(self.starts[number + 1] - self.starts[number])
+
+    def read_parts(self, parts: Sequence[tuple[int, int, int]]) -> list[bytes]:
+        """Parts of files in object stores, (shard, start, stop) in bytes."""
+        contents = [b""] * len(parts)
+        for source, artifact in enumerate(self.sources):
+            places, own = list[int](), list[tuple[str, int, int]]()
+            for place, (shard, start, stop) in enumerate(parts):
+                number, name = self.shards[shard]
+                if number == source:
+                    places.append(place)
+                    own.append((f"{name}.parquet", start, stop))
+            if own:
+                for place, content in zip(places, artifact.read_parts(own), strict=True):
+                    contents[place] = content
+        return contents
 
     def name(self, shard: int) -> str:
         """The file of one shard, for messages."""

@@ -19,6 +19,7 @@ import pyarrow as pa
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from pipeline.data.far_files import FarFiles
 from pipeline.data.vectors import RowGroups, StoredVectors
 from pipeline.errors import DataError
 from pipeline.retrieve.embedded import EmbeddedShards, Floats, Ids
@@ -66,7 +67,10 @@ class Rows:
         self._batch_columns = functools.lru_cache(_CACHED_BATCHES)(self._read_batch_columns)
         self.column_names = tuple(str(name) for name in reader.schema.names)
         self._vectors = StoredVectors(
-            RowGroups(groups[:, 0].copy(), groups[:, 1].copy(), groups[:, 2:].copy()), shards.path, shards.embed_dim
+            RowGroups(groups[:, 0].copy(), groups[:, 1].copy(), groups[:, 2:].copy()),
+            shards.path,
+            shards.embed_dim,
+            FarFiles(shards) if shards.are_far else None,
         )
 
     def __len__(self) -> int:

@@ -16,6 +16,8 @@ from pipeline.workspace.store import Artifact
 
 Modality = Literal["image", "text"]
 MODALITIES: tuple[Modality, ...] = ("image", "text")
+_RERANKED_AT_ONCE = 8192
+"""Candidates of several queries whose vectors are read together: a store answers many requests at a time."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +101,13 @@ class Segment:
 
     def _exact(self, queries: Floats, candidates: Ids, is_row: Any, modality: Modality) -> Floats:
         near = np.empty(candidates.shape, np.float32)
-        for number, query in enumerate(queries):
-            valid = is_row[number]
-            near[number, valid] = self.rows.vectors(candidates[number, valid], f"z_{modality}") @ query
+        at_once = max(1, _RERANKED_AT_ONCE // candidates.shape[1])
+        for start in range(0, len(queries), at_once):
+            some = slice(start, start + at_once)
+            vectors = self.rows.vectors(candidates[some][is_row[some]], f"z_{modality}")
+            ends = np.cumsum(is_row[some].sum(axis=1))
+            for number, own in enumerate(np.split(vectors, ends[:-1]), start):
+                near[number, is_row[number]] = own @ queries[number]
         return near
 
     def _is_left_out(self, positions: Ids) -> Any:

@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from urllib.parse import urlsplit
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StepError
 from pipeline.pictures import decode, read_file, thumbnail
 from pipeline.retrieve.index import Neighbour
 from pipeline.retrieve.queries import Query
@@ -22,6 +23,8 @@ from pipeline.workspace.disk import translate_os_errors
 _LARGEST_PX = 512
 _SHOWN_AS_STORED_BYTES = 80_000
 _QUERY_PX = 160
+_THREADS = 8
+"""Pictures of an object store take some requests each: of 40 one after another, seconds."""
 _SIGNATURES = {b"\xff\xd8\xff": "jpeg", b"\x89PNG": "png", b"RIFF": "webp"}
 """First bytes of the stored formats that every browser shows."""
 
@@ -60,16 +63,22 @@ def write_sheet(
     Raises:
         StepError: If the file cannot be written.
     """
-    tiles, problems = list[dict[str, Any]](), list[str]()
-    scores = [neighbour.similarity for neighbour in results.neighbours]
-    for rank, neighbour in enumerate(results.neighbours, 1):
-        tile = _tile(neighbour) | {"rank": rank, "level": _level(neighbour.similarity, scores)}
+
+    def read(neighbour: Neighbour) -> tuple[dict[str, Any], list[str]]:
         try:
             data = searcher.retriever.picture(neighbour)
-            tile |= _picture(data, f"shard {neighbour.shard}: key {neighbour.key}: uid {neighbour.uid}")
-        except DataError as error:
-            problems.append(str(error))
-        tiles.append(tile)
+            return _picture(data, f"shard {neighbour.shard}: key {neighbour.key}: uid {neighbour.uid}"), []
+        except (DataError, StepError) as error:  # it is damaged, or its store does not answer
+            return {}, [str(error)]
+
+    with ThreadPoolExecutor(_THREADS) as threads:
+        pictures = list(threads.map(read, results.neighbours))
+    tiles, problems = list[dict[str, Any]](), list[str]()
+    scores = [neighbour.similarity for neighbour in results.neighbours]
+    for rank, (neighbour, (picture, problem)) in enumerate(zip(results.neighbours, pictures, strict=True), 1):
+        level = _level(neighbour.similarity, scores)
+        tiles.append(_tile(neighbour) | {"rank": rank, "level": level} | picture)
+        problems += problem
     view = {
         "name": text.name,
         "command": text.command,

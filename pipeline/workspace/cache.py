@@ -134,6 +134,11 @@ def is_cached(path: Path) -> bool:
     return path.with_name(f".{path.name}{_SUFFIX}").exists()
 
 
+def has_copy(uri: str) -> bool:
+    """Whether this machine has a copy of a file, of whatever version."""
+    return _place(uri).exists()
+
+
 def lookup(uri: str, version: Version) -> Cached | None:
     """What is known of a version that lies in the cache; None if it does not."""
     local = _place(uri)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from pipeline.errors import DataError
-from pipeline.workspace.cache import Cached, Version, cached_path, keep, lookup, temporary_file
+from pipeline.workspace.cache import Cached, Version, cached_path, has_copy, keep, lookup, temporary_file
 from pipeline.workspace.disk import content_of, facts_of, files_below, is_there, patiently, translate_os_errors
 from pipeline.workspace.hashing import checksum_of_writing, sha256_of
 from pipeline.workspace.objects import file_system, stamp_of
@@ -154,6 +154,18 @@ class Folder:
             raise self._missing(name)
         return Path(self._base) / name
 
+    def path_here(self, name: str) -> Path | None:
+        """As ``path``, of a file that need not be fetched; None if this machine has no copy of it.
+
+        Where there is no copy, the store is not asked.
+        """
+        if not self.reads_parts:
+            return self.path(name)
+        if not has_copy(f"{self.uri}/{name}"):
+            return None
+        version = self._version(name)
+        return self._cached(name, version) if lookup(f"{self.uri}/{name}", version) else None
+
     def matching(self, name: str, described: Json) -> Path | None:
         """As ``path``, of a file that is compared with its size and SHA-256 in a record; None if it differs.
 
@@ -178,6 +190,27 @@ class Folder:
         if version.num_bytes <= _SMALL_BYTES or lookup(f"{self.uri}/{name}", version):
             return self._cached(name, version)
         return cast("RangedFile", self._files.open(f"{self._base}/{name}"))
+
+    @property
+    def reads_parts(self) -> bool:
+        """Whether the folder is in an object store. A web server may know no ranges."""
+        return not self._is_local and not self.uri.startswith(("http://", "https://"))
+
+    def read_parts(self, parts: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        """Parts of files of an object store, (name, start, stop) in bytes: a request each, many at a time.
+
+        Raises:
+            DataError: If a file is missing, or ends before its part does.
+        """
+        try:
+            contents = self._files.cat_parts([(f"{self._base}/{name}", start, stop) for name, start, stop in parts])
+        except FileNotFoundError:
+            names = [name for name, _, _ in parts]
+            raise self._missing(min(set(names) - set(self.names()), default=", ".join(names))) from None
+        for (name, start, stop), content in zip(parts, contents, strict=True):
+            if len(content) < stop - start:
+                raise DataError(f"{self.uri}/{name}: truncated at byte {start + len(content)}; {self.mend()}")
+        return contents
 
     def find_bytes(self, name: str) -> bytes | None:
         """The content of a small file, or None if there is none.

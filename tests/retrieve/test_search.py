@@ -1,6 +1,7 @@
 """``unclip search`` on a tiny workspace: a plain picture of each of ten colours, and CLIP with random weights."""
 
 import base64
+import dataclasses
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,15 @@ import torch
 from PIL import Image
 
 from pipeline.clip.frozen import FrozenClip
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError, StepError
 from pipeline.pictures import read_file
 from pipeline.recipe.recipe import Recipe
 from pipeline.retrieve.batch import encode_rows
+from pipeline.retrieve.index import Neighbour
 from pipeline.retrieve.queries import Query
+from pipeline.retrieve.retriever import Results
 from pipeline.retrieve.search import Searcher, SearchOptions
+from pipeline.retrieve.sheet import SheetText, write_sheet
 from tests.tiny.command import ROOT, unclip_here, unclip_json
 from tests.tiny.shards import plain_picture
 from tests.tiny.workspace import COLOURS, served_workspace
@@ -274,11 +279,6 @@ def test_another_user_may_read_every_file_of_a_workspace(recipe: Recipe) -> None
 
 
 def test_a_url_that_is_no_web_address_is_no_link(searcher: Searcher, tmp_path: Path) -> None:
-    import dataclasses
-
-    from pipeline.retrieve.retriever import Results
-    from pipeline.retrieve.sheet import SheetText, write_sheet
-
     [one] = searcher.search([Query("text", "a")], SearchOptions(k=1)).neighbours
     urls = ["javascript:alert(1)", "http://[bad", "data:text/html,x"]
     bad = Results([dataclasses.replace(one, url=url) for url in urls], 3, "enough")
@@ -286,6 +286,27 @@ def test_a_url_that_is_no_web_address_is_no_link(searcher: Searcher, tmp_path: P
     text = (tmp_path / "s.html").read_text()
     assert "<a " not in text
     assert 'data-link="1"' not in text
+
+
+@pytest.mark.parametrize("error", [DataError("no such sample"), StepError("the store does not answer")])
+def test_a_sheet_reads_pictures_at_once_and_lacks_only_what_cannot_be_read(
+    searcher: Searcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    results = searcher.search([Query("text", "a")], SearchOptions(k=4))
+    read, together = searcher.retriever.picture, threading.Barrier(4)
+
+    def picture(neighbour: Neighbour) -> bytes:
+        together.wait(60)
+        if neighbour.id == results.neighbours[1].id:
+            raise error
+        return read(neighbour)
+
+    monkeypatch.setattr(searcher.retriever, "picture", picture)
+    page, text = tmp_path / "s.html", SheetText("n", "c")
+    problems = write_sheet(page, text, [Query("text", "a")], SearchOptions(k=4), results, searcher)
+    assert problems == [str(error)]
+    assert page.read_text().count("picture cannot be read") == 1
+    assert page.read_text().count('<img src="data:image/jpeg') == 3
 
 
 def test_a_part_holds_a_row_for_each_query_with_its_neighbours(searcher: Searcher, tmp_path: Path) -> None:
