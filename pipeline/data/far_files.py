@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,7 +121,7 @@ class FarFiles:
                 self._stay_far.add(number)
         return None
 
-    def _find(self, numbers: NDArray[np.int64], num_parts: NDArray[np.int64]) -> None:
+    def _find(self, numbers: NDArray[np.int64], num_parts: NDArray[Any]) -> None:
         """Look for files that were not asked before, and fetch those for which the requests have cost as much."""
         new = [number for number in numbers.tolist() if number not in self._paths]
         if new:

@@ -1,6 +1,7 @@
 """Embeddings as numpy arrays and as Parquet columns of fixed-size lists of float16, which plain pyarrow reads."""
 
 import functools
+import mmap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -217,7 +218,11 @@ class StoredVectors:
         self._groups = groups
         self._embed_dim = embed_dim
         self._far = far
-        self._map = functools.lru_cache(num_mapped_files())(lambda number: map_file(path_of(number)))
+
+        def map_one(number: int) -> mmap.mmap:
+            return map_file(path_of(number))
+
+        self._map = functools.lru_cache(num_mapped_files())(map_one)
 
     def read(self, rows: NDArray[np.int64], column: str) -> NDArray[np.float32]:
         """The vectors (len(rows), D) of ``z_image`` or ``z_text``, of length one."""

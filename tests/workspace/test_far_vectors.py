@@ -132,6 +132,7 @@ def test_a_part_that_fails_is_asked_for_again_alone(
     monkeypatch.setattr(far_files, "_REQUEST_BYTES", 0)
     _elsewhere(monkeypatch, tmp_path)
     opened = NeighbourIndex.open(index)
+    s3_server.counted()
     assert _find(opened) == exact
     num_parts = len(_of_embed(s3_server))
     s3_server.fail("reset", "GET", ".parquet", times=2)
@@ -169,7 +170,7 @@ def test_a_filter_reads_columns_by_ranges_and_once(
     embed, download = workspace.artifact("embed", "e"), workspace.artifact("download", "d")
     vectors = np.random.default_rng(0).normal(size=(num_shards * num_rows, _DIM)).astype(np.float32)
     make_embeddings(embed, vectors, vectors, num_rows)
-    exif = np.random.default_rng(0).bytes(500_000).hex()
+    exif = np.random.default_rng(0).bytes(600_000).hex()
     for shard in range(num_shards):
         keys = [f"{shard:05d}{row:05d}" for row in range(num_rows)]
         columns = {"key": keys, "width": [100 * shard + row for row in range(num_rows)], "exif": [exif, "", "", ""]}
