@@ -126,7 +126,7 @@ def test_looks_at_many_shards_in_a_store_hold_up_none_of_them(tmp_path: Path, mo
 
 
 def test_a_shard_that_is_finished_during_a_look_was_not_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cluster, looks = _Cluster({"a": 90.0, "b": 1000.0}.__getitem__), list[float]()
+    cluster, looks = _Cluster({"a": 145.0, "b": 1000.0}.__getitem__), list[float]()
     cluster.use(monkeypatch)
 
     def read(shards: Sequence[str]) -> dict[str, ShardReading]:
