@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from models.cascade import CascadeResult, Phase, up_to
+from models.cascade import Phase, up_to
 from models.decoder.inpainting import MASK, PICTURE
 from models.decoder.stage import START, STRENGTH, X_T
 from models.editor import ETA, X_0, Editor, Latents, slerp
@@ -66,16 +66,6 @@ def edit_phase(editor: Editor, request: SampleRequest) -> Phase:
         case None:
             raise EditError("the request has no picture to start from")
     return phase
-
-
-def run_phases(editor: Editor, request: SampleRequest) -> CascadeResult:
-    """The pictures of one request that starts from pictures; errors as ``edit_phase``."""
-    phase = edit_phase(editor, request)
-    while True:
-        result = editor.cascade.run(phase.batch(), phase.stages)
-        if phase.then is None:
-            return result
-        phase = phase.then(result.values)
 
 
 def _prompted(editor: Editor, request: SampleRequest, values: Callable[[], Mapping[str, Tensor]]) -> Phase:

@@ -1,4 +1,4 @@
-"""CPUs and memory that this process may use of its machine: within the limits of its container, pod or cluster job.
+"""What this process may use of its machine: CPUs and memory within the limits of its container, pod or job; a port.
 
 A limit is that of a control group, of version 1 or 2. It binds everything in the group and in the groups inside of it,
 so the smallest counts of a process's own group and those around it. A container sees its own group as the outermost.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,6 +59,13 @@ def num_oom_kills() -> int:
             if "oom_kill" in counts:
                 return counts["oom_kill"]
     return _counts(_VMSTAT).get("oom_kill", 0)
+
+
+def free_port() -> int:
+    """Number of a TCP port of 127.0.0.1 that nobody uses at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _groups(controller: str) -> Iterator[Path]:

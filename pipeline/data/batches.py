@@ -268,11 +268,6 @@ class Samples:
         arrays = self._pool.map(self._image, pictures) if self._pool else map(self._image, pictures)
         return torch.from_numpy(np.stack(list(arrays)))
 
-    @property
-    def open_shards(self) -> list[int]:
-        """Numbers of the shards that are open, the longest unused first."""
-        return list(self._open_shards)
-
     def open_one(self, locations: NDArray[np.int64]) -> None:
         """Open one shard of some locations that is not open yet, if there is one."""
         with self._lock:

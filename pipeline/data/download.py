@@ -59,7 +59,6 @@ T = TypeVar("T")
 OnProgress = Callable[[int, Counter[str]], None]
 """Called every two seconds with the number of finished rows, and with those that failed by class."""
 
-SHARD_DIGITS = 5
 _PASSED_THROUGH = ("uid", "split")
 _MEMORY_BYTES = 64 << 20
 """Part of a shard's stored pictures that stays in memory until they are written."""

@@ -9,6 +9,7 @@ from collections.abc import Generator
 from urllib.parse import SplitResult, urlsplit
 
 from pipeline.errors import ConfigError, StepError
+from pipeline.machine import free_port
 
 _SCHEME = "ssh"
 _DASHBOARD_PORT = 8265
@@ -42,7 +43,7 @@ def reachable(address: str) -> Generator[str]:
 
 @contextlib.contextmanager
 def _open_tunnel(address: str, parts: SplitResult) -> Generator[str]:
-    port, command = _free_port(), _command(address, parts)
+    port, command = free_port(), _command(address, parts)
     forward = f"127.0.0.1:{port}:127.0.0.1:{_dashboard_port(address, parts)}"
     with tempfile.TemporaryFile("w+") as errors:
         try:
@@ -95,9 +96,3 @@ def _wait(process: subprocess.Popen[bytes], port: int, address: str) -> None:
             return
         time.sleep(_LOOK_EVERY_S)
     raise StepError(f"--address {address}: ssh has opened no tunnel within {_LONGEST_START_S:g} s")
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

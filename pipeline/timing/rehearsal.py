@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping
@@ -36,6 +35,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.filter.labels import map_table, write_labels, write_table
 from pipeline.filter.rules import RowRules
 from pipeline.filter.scores import ScoreRules
+from pipeline.machine import free_port
 from pipeline.networks.clip import clip_folder, save_clip_artifact
 from pipeline.networks.cores import use_cores
 from pipeline.recipe.recipe import Recipe
@@ -82,7 +82,7 @@ class Rehearsal:
         finished: Mapping[str, Artifact],
         watch: Callable[[str], None] = lambda _what: None,
     ) -> None:
-        shapes = replace(recipe.pairs.drawn, num_pairs=NUM_ROWS, num_faulty=0, port=_free_port())
+        shapes = replace(recipe.pairs.drawn, num_pairs=NUM_ROWS, num_faulty=0, port=free_port())
         first_list = recipe.pairs.each()[0]
         pairs = replace(first_list, max_pairs=NUM_ROWS, validation_prob=0.5, drawn=shapes)
         deadline_s = min(recipe.download.deadline_s, _DEADLINE_S)
@@ -403,9 +403,3 @@ def _processor_s() -> float:
     this = psutil.Process()
     times = [process.cpu_times() for process in [this, *this.children(recursive=True)]]
     return sum(spent.user + spent.system for spent in times)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -98,7 +98,7 @@ def test_the_shards_of_the_next_window_are_opened_before_it_begins(tmp_path: Pat
     uids = next(stream).uids
     next(stream)
     assert set(uids) <= set(reader.table(reader.shards[first.pop()]).columns["uid"].to_pylist())
-    assert len(samples.open_shards) == 2
+    assert len(samples._open_shards) == 2  # pyright: ignore[reportPrivateUsage]
 
 
 def _noting_reader(num_shards: int, opened: list[str]) -> Any:

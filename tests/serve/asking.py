@@ -6,12 +6,25 @@ import httpx
 import numpy as np
 
 from models.cascade import CascadeResult
+from models.edit_phases import edit_phase
+from models.editor import Editor
+from models.request import SampleRequest
 
 PROMPT = "a large red circle on a white background"
 
 
 def expected(server: Any, prompt: str, seeds: list[int]) -> CascadeResult:
     return server.cascade.sample([prompt] * len(seeds), seeds)
+
+
+def run_phases(editor: Editor, request: SampleRequest) -> CascadeResult:
+    """The pictures of one request that starts from pictures, sampled alone."""
+    phase = edit_phase(editor, request)
+    while True:
+        result = editor.cascade.run(phase.batch(), phase.stages)
+        if phase.then is None:
+            return result
+        phase = phase.then(result.values)
 
 
 def close_to(picture: Any, reference: Any) -> bool:

@@ -23,7 +23,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from PIL import Image, PngImagePlugin
 
 from models.cascade import Cascade
-from models.edit_phases import run_phases
 from models.editor import Editor, EditSettings
 from models.pca import Pca
 from models.request import EditError, SampleRequest, StartPicture, Variation
@@ -42,6 +41,7 @@ from pipeline.serve.edits import EDITS
 from pipeline.serve.embedder import Embedder
 from pipeline.serve.engine import Engine
 from pipeline.serve.protocols import NotServing
+from tests.serve.asking import run_phases
 from tests.tiny.command import ROOT
 from tests.tiny.pictures import almost_equal, noisy_picture, png, raw, tensor
 from tests.tiny.shards import pixels, plain_picture

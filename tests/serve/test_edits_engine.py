@@ -17,7 +17,6 @@ import torch
 
 from models import edit_phases
 from models.cascade import Cascade
-from models.edit_phases import run_phases
 from models.editor import Editor, EditSettings, Latents, RecentLatents
 from models.request import (
     EditError,
@@ -33,6 +32,7 @@ from models.request import (
 )
 from pipeline.serve import served_stages
 from pipeline.serve.engine import Engine
+from tests.serve.asking import run_phases
 from tests.tiny.command import ROOT
 from tests.tiny.pictures import almost_equal, noisy_picture, raw, tensor
 
