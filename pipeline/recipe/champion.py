@@ -184,7 +184,7 @@ def promote(
         before = promotions.champion
         if before is not None and before.evaluate == step.key:
             return before, False
-        numbers = _compare(before, measures, settings, _taken_with(recipe, step, by), by, force=force)
+        numbers = _compare(before, measures, settings, _basis_of(recipe, step, by), by, force=force)
         new = Promotion(
             step.key, step.inputs, measures, settings, by, f"{numbers}; {reason}" if reason else numbers, time.time()
         )
@@ -194,7 +194,7 @@ def promote(
     return new, True
 
 
-def _taken_with(recipe: Recipe, step: Step, by: str) -> dict[str, str | None]:
+def _basis_of(recipe: Recipe, step: Step, by: str) -> dict[str, str | None]:
     """The keys of what a measure depends on beside the cascade: the CLIP that takes it, and the rows that it is of."""
     is_of_clip = not by.startswith(_OF_PIXELS)
     is_of_rows = by.startswith(_OF_ROWS) or (recipe.pairs.source != "drawn" and not recipe.evaluate.prompts_path)
@@ -210,7 +210,7 @@ def _compare(
     before: Promotion | None,
     measures: dict[str, float],
     settings: Json,
-    taken_with: Mapping[str, str | None],
+    basis: Mapping[str, str | None],
     by: str,
     *,
     force: bool,
@@ -231,7 +231,7 @@ def _compare(
         raise ConfigError(f"--by {by}: the champion {before.evaluate} was not measured by it; --force promotes anyway")
     numbers = f"{by} {now:.4g} against {before.measures[by]:.4g} of {before.evaluate}"
     changed = sorted(name for name in settings | before.settings if settings.get(name) != before.settings.get(name))
-    others = {name for name, key in taken_with.items() if before.artifacts.get(name) != key}
+    others = {name for name, key in basis.items() if before.artifacts.get(name) != key}
     if (changed or others) and not force:
         reasons = list(map(_setting, changed))
         reasons += ["the CLIP that measures" if "clip" in others else "the set of measured rows"] if others else []
