@@ -144,9 +144,9 @@ def test_a_full_disk_stops_no_search(store: _Store, monkeypatch: pytest.MonkeyPa
 
 @contextlib.contextmanager
 def _few_open_files() -> Generator[int]:
-    """Let this process open few more files; yields how many files that are open at once are too many."""
+    """Let this process open twice as many files as it has; yields how many that are open at once are too many."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = 25 + max(int(file.name) for file in Path("/proc/self/fd").iterdir())
+    limit = 2 * max(int(file.name) for file in Path("/proc/self/fd").iterdir()) + 20
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
     try:
         yield limit + 1
