@@ -8,8 +8,8 @@ from typing import Any
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import STEPS, StepRow
 
-_PASSWORD = re.compile(r"\A((?:[\w+.-]*:)?//)?+([^:/@]*):(?:[^/?#]*|.*)@", re.DOTALL)
-"""Scheme, user and password of an address; that of a database may have a slash in it."""
+_PASSWORD = re.compile(r"\A((?:[\w+.-]*:)?//)?+([^:/@]*):.*@", re.DOTALL)
+"""Scheme, user and password of an address. A password may have any letter: rather too much is hidden than a part shown."""
 _QUERY = re.compile(r"\?(?=.*=).*", re.DOTALL)
 """Drivers of databases take a password there, and stores a signature; without names it is a pattern of files."""
 
