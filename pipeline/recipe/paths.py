@@ -9,7 +9,7 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import STEPS, StepRow
 
 _PASSWORD = re.compile(r"\A((?:[\w+.-]*:)?//)?+([^:/@]*):.*@", re.DOTALL)
-"""Scheme, user and password of an address. It may have any letter: rather too much is hidden than a part of it shown."""
+"""Scheme, user and password of an address, which may have any letter: rather too much is hidden than a part shown."""
 _QUERY = re.compile(r"\?(?=.*=).*", re.DOTALL)
 """Drivers of databases take a password there, and stores a signature; without names it is a pattern of files."""
 

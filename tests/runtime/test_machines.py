@@ -94,5 +94,5 @@ def test_a_run_starts_nothing_on_such_a_cluster(tmp_path: Path) -> None:
         done = unclip("run", str(recipe), "--address", cluster.address, "--set", "tracking.uri=off")
     assert done.returncode == 2, done.stdout
     assert "lacks pyarrow, safetensors: no step can run there" in done.stdout
-    assert "starts" not in done.stdout
+    assert ": starts" not in done.stdout
     assert "Traceback" not in done.stdout
