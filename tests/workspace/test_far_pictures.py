@@ -207,7 +207,7 @@ def test_what_forget_leaves_is_read_at_its_new_place(
     forgets = {row["uid"] for row in rows if int(row["key"][5:]) in {1, *range(10, 30)}}
     forgotten = Forgotten("salt").add(forgets, 0.0, {}, ())
     monkeypatch.setenv("UNCLIP_CACHE", str(tmp_path / "cache"))
-    rewrite(Artifact(download.uri), Rewrite("download", "d", ("00000",), "c"), forgotten, lambda: None)
+    rewrite(Artifact(download.uri), Rewrite("download", "d", ("00000",), "c"), forgotten, lambda: None, lambda _: None)
     new_tar = download.read_bytes("00000.tar")
     _elsewhere(monkeypatch, tmp_path)
     for row in rows:

@@ -310,10 +310,10 @@ def test_a_shard_is_rewritten_again_after_a_kill_before_its_record(
     commit = rewriting._commit
     monkeypatch.setattr(rewriting, "_commit", stop)
     with pytest.raises(StepError, match="killed"):
-        rewriting.rewrite(artifact, work, forgotten, lambda: None)
+        rewriting.rewrite(artifact, work, forgotten, lambda: None, lambda _: None)
     monkeypatch.setattr(rewriting, "_commit", commit)
     monkeypatch.setenv("UNCLIP_CACHE", str(tmp_path / "of-another-machine"))
-    rewriting.rewrite(artifact, work, forgotten, lambda: None)
+    rewriting.rewrite(artifact, work, forgotten, lambda: None, lambda _: None)
     assert pq.read_table(artifact.path("00000.parquet")).column("url").to_pylist() == ["http://a/0", ""]
     assert artifact.shard_records()["00000"].files == {"00000.parquet": artifact.describe("00000.parquet")}
     artifact.verify("00000.parquet")

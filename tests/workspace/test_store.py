@@ -467,12 +467,12 @@ def test_a_use_whose_file_was_removed_before_it_was_locked_is_known(
 ) -> None:
     workspace, taken, num_taken = Workspace(str(tmp_path)), lock._taken, 0
 
-    def remove_first(opened: IO[str]) -> bool:
+    def remove_first(opened: IO[str], where: str) -> bool:
         nonlocal num_taken
         num_taken += 1
         if num_taken == 1:
             assert used_artifacts(workspace) == {}  # gc takes it for one that a dead process left
-        return taken(opened)
+        return taken(opened, where)
 
     monkeypatch.setattr(lock, "_taken", remove_first)
     with in_use(workspace, ["prior/0"]):
