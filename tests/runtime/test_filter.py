@@ -27,6 +27,7 @@ max_similarity = 0.99999
 """
 
 
+@pytest.mark.slow
 def test_a_run_filters_before_and_after_the_embeddings(tmp_path: Path) -> None:
     path = write_recipe(tmp_path, port=free_port())
     path.write_text(path.read_text() + _FILTERS)

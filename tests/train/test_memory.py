@@ -215,6 +215,7 @@ def test_a_training_that_does_not_fit_is_told_what_would_make_it_fit() -> None:
             assert f"; what would make it fit: {expected}" in last_line
 
 
+@pytest.mark.slow
 def test_the_largest_part_that_fits_is_found_and_checkpointing_proposed_where_none_does() -> None:
     train = {"batch_size": 12, "optimizer": "adamw"}
     sizes = {
