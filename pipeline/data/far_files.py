@@ -56,7 +56,8 @@ class Files(Protocol):
 class FarFiles:
     """Reads parts of one size of very many files, which stay as they are; several threads may read at once.
 
-    The store is asked about a file once: whether this machine's copy is still right.
+    The store is asked about a file once: whether this machine's copy is still right. Memory grows with the number of
+    files that were read, by some 300 bytes each: 30 MB for 100,000.
 
     Args:
         files: The files.
