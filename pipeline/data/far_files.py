@@ -5,15 +5,16 @@ of it that the requests have cost as much: what is searched all the time ends on
 cache has room, and a single search fetches little more than the vectors that it compares.
 """
 
+import errno
 import functools
 import logging
 import mmap
 import resource
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,8 @@ _WHOLE_FILES = 8
 """Most files that are fetched whole at once; the others wait for a later call, so that none takes minutes."""
 _THREADS = 16
 _VECTORS_AT_ONCE = 8192
+
+Name = TypeVar("Name", int, Path)
 
 
 class Files(Protocol):
@@ -71,7 +74,7 @@ class FarFiles:
         """Parts that were read of each file that is not here."""
         self._stay_far = set[int]()
         """Files for which this machine had no room."""
-        self._map = functools.lru_cache(num_mapped_files())(map_file)
+        self._maps = MappedFiles[Path](lambda path: path)
 
     def read(self, numbers: NDArray[np.int64], starts: NDArray[np.int64], num_bytes: int) -> NDArray[np.uint8]:
         """The bytes (len(numbers), num_bytes) that begin at some places of some files.
@@ -116,7 +119,7 @@ class FarFiles:
         path = self._paths[number]
         if path is not None:
             try:
-                return self._map(path)
+                return self._maps.content(path)
             except FileNotFoundError:  # the cache needed its room
                 self._paths[number] = None
                 self._stay_far.add(number)
@@ -148,10 +151,33 @@ class FarFiles:
             return None
 
 
-def map_file(path: Path) -> mmap.mmap:
-    """A file of this machine as bytes."""
-    with path.open("rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+class MappedFiles(Generic[Name]):
+    """Local files as bytes, of which those that were read last stay mapped; several threads may read at once.
+
+    Args:
+        path_of: The path of a file.
+    """
+
+    def __init__(self, path_of: Callable[[Name], Path]) -> None:
+        def map_one(name: Name) -> mmap.mmap:
+            with path_of(name).open("rb") as file:
+                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+        self._map = functools.lru_cache(num_mapped_files())(map_one)
+
+    def content(self, name: Name) -> mmap.mmap:
+        """A whole file.
+
+        Raises:
+            OSError: If it cannot be opened.
+        """
+        try:
+            return self._map(name)
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            self._map.cache_clear()  # what else the process has open, as a server's connections, has grown
+            return self._map(name)
 
 
 def num_mapped_files() -> int:

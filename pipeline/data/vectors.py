@@ -1,7 +1,5 @@
 """Embeddings as numpy arrays and as Parquet columns of fixed-size lists of float16, which plain pyarrow reads."""
 
-import functools
-import mmap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from pipeline.data.far_files import FarFiles, map_file, num_mapped_files
+from pipeline.data.far_files import FarFiles, MappedFiles
 from pipeline.data.mends import repair_hint
 from pipeline.data.rows import embeddings_schema
 from pipeline.data.shard_tables import name_of, read_table
@@ -218,11 +216,7 @@ class StoredVectors:
         self._groups = groups
         self._embed_dim = embed_dim
         self._far = far
-
-        def map_one(number: int) -> mmap.mmap:
-            return map_file(path_of(number))
-
-        self._map = functools.lru_cache(num_mapped_files())(map_one)
+        self._maps = MappedFiles[int](path_of)
 
     def read(self, rows: NDArray[np.int64], column: str) -> NDArray[np.float32]:
         """The vectors (len(rows), D) of ``z_image`` or ``z_text``, of length one."""
@@ -234,7 +228,7 @@ class StoredVectors:
             return to_unit(self._far.read(files, starts, 2 * self._embed_dim).view(np.float16))
         vectors = np.empty((len(rows), self._embed_dim), np.float16)
         for place, (file, start) in enumerate(zip(files.tolist(), starts.tolist(), strict=True)):
-            vectors[place] = np.frombuffer(self._map(file), np.float16, self._embed_dim, start)
+            vectors[place] = np.frombuffer(self._maps.content(file), np.float16, self._embed_dim, start)
         return to_unit(vectors)
 
 

@@ -1,9 +1,11 @@
 """Parts of many files in a store, of which this machine has some: what is asked for, and that it is the right one."""
 
 import contextlib
+import multiprocessing
+import os
 import resource
 import shutil
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -142,25 +144,27 @@ def test_a_full_disk_stops_no_search(store: _Store, monkeypatch: pytest.MonkeyPa
     assert store.parts == [(3, 10, 18)] * 2
 
 
-@contextlib.contextmanager
-def _few_open_files() -> Generator[int]:
-    """Let this process open twice as many files as it has; yields how many that are open at once are too many."""
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = 2 * max(int(file.name) for file in Path("/proc/self/fd").iterdir()) + 20
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
-    try:
-        yield limit + 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
-
-
-@pytest.mark.parametrize("are_far", [False, True])
-def test_a_process_that_may_open_few_files_reads_many(*, are_far: bool, store: _Store) -> None:
-    with _few_open_files() as num_files:
-        store.contents = [store.contents[0][: 4 * _SIZE]] * num_files
+def _read_with_few_open_files(folder: Path, *, are_far: bool) -> None:
+    """Read more files than this process may open, which has nearly all open that it may."""
+    num_open = 200
+    num_files = num_open + 20
+    resource.setrlimit(resource.RLIMIT_NOFILE, (num_files, num_files))
+    with contextlib.ExitStack() as stack:
+        while max(int(file.name) for file in Path("/proc/self/fd").iterdir()) < num_open:
+            stack.enter_context(Path(os.devnull).open())
+        store = _Store(folder, [_random_halves(0)[: 4 * _SIZE]] * num_files)
         for number in range(num_files):
             store.path(number)
         groups = RowGroups(np.arange(num_files), np.arange(num_files), np.zeros((num_files, 2), np.int64))
         vectors = StoredVectors(groups, store.path, 4, FarFiles(store) if are_far else None)
-        rows = vectors.read(np.arange(num_files), "z_image")
-    assert rows.shape == (num_files, 4)
+        assert vectors.read(np.arange(num_files), "z_image").shape == (num_files, 4)
+
+
+@pytest.mark.parametrize("are_far", [False, True])
+def test_a_process_that_may_open_few_files_reads_many(*, are_far: bool, tmp_path: Path) -> None:
+    process = multiprocessing.get_context("spawn").Process(
+        target=_read_with_few_open_files, args=(tmp_path,), kwargs={"are_far": are_far}
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == 0
