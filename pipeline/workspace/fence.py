@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipeline.errors import StepError
 from pipeline.workspace.store import LIVE, Artifact
+from pipeline.workspace.stored_files import StoredFiles
 
 _ATTEMPT = f"{LIVE}attempt.json"
 
@@ -50,7 +51,7 @@ class FencedArtifact(Artifact):
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """As ``Artifact.write_bytes``; see ``write``."""
-        if not self._is_local:  # there it is written by ``write``
+        if isinstance(self._files, StoredFiles):  # on a disk it is written by ``write``
             self._require_newest()
         super().write_bytes(name, data)
 

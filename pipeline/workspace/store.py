@@ -18,6 +18,7 @@ from typing import Any
 from pipeline.errors import DataError, StepError
 from pipeline.workspace.disk import names_in, own_folder
 from pipeline.workspace.folder import Folder, description_of, json_bytes
+from pipeline.workspace.local_files import LocalFiles
 from pipeline.workspace.manifest import Manifest, ShardRecord
 from pipeline.workspace.objects import ObjectStore
 
@@ -129,8 +130,8 @@ class Artifact(Folder):
         """Remove the artifact, the commit first, with what was never published."""
         self.remove(MANIFEST)
         self.remove_all(self.sizes())
-        if self._is_local:
-            shutil.rmtree(self._base, ignore_errors=True)
+        if isinstance(self._files, LocalFiles):
+            self._files.remove_folder()
 
     def commit_shard(self, record: ShardRecord) -> None:
         """Publish a shard's record; its files must be published already."""
@@ -196,11 +197,11 @@ class Artifact(Folder):
             StepError: If another run has committed the artifact in an object store.
         """
         content = json_bytes(manifest.to_dict())
-        if self._is_local:
+        if isinstance(self._files, LocalFiles):
             self.write_bytes(MANIFEST, content)
-        elif not self._files.create(f"{self._base}/{MANIFEST}", content):
+        elif not self._files.create(MANIFEST, content):
             raise StepError(f"{self.uri}: another run has committed this step; run again to go on from there")
-        self.remove_all([name for name in self._all_names() if name.startswith(LIVE)])
+        self.remove_all([name for name in self._files.all_names() if name.startswith(LIVE)])
         self.clear_temporaries()
 
     def describe_files(self, records: Mapping[str, ShardRecord] | None = None) -> dict[str, Json]:

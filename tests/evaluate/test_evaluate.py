@@ -43,7 +43,7 @@ from pipeline.shapes.check import check, describe
 from pipeline.shapes.draw import draw_array
 from pipeline.shapes.perceive import perceive
 from pipeline.shapes.scene import is_held_out
-from pipeline.workspace import folder
+from pipeline.workspace import stored_files
 from pipeline.workspace.store import Artifact, Workspace
 from tests.tiny.shards import write_vectors
 from tests.tiny.workspace import NUM_PICTURES, evaluate_step, evaluated_workspace
@@ -477,7 +477,7 @@ def test_a_caption_is_one_prompt_and_an_empty_one_is_none(tmp_path: Path) -> Non
 def test_of_shards_in_a_store_little_else_than_the_chosen_rows_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     embed = Artifact(f"memory://{uuid.uuid4().hex}")
     rows = _embeddings(embed, [f"caption {number}" for number in range(300)], 100)
-    monkeypatch.setattr(folder, "_SMALL_BYTES", 0)
+    monkeypatch.setattr(stored_files, "_SMALL_BYTES", 0)
     monkeypatch.setattr(Artifact, "path", lambda _, name: pytest.fail(f"{name} is fetched whole"))
     assert [row.uid for row in choose_rows(embed, 5, "train").rows] == [row["uid"] for row in rows[:5]]
     assert len(first_images(embed, 5, "train")) == 5

@@ -23,7 +23,7 @@ from pipeline.recipe.plan import make_plan, manifest_of
 from pipeline.recipe.recipe import to_dict
 from pipeline.retrieve import NeighbourIndex
 from pipeline.runtime.step_task import forget_if_inputs_changed
-from pipeline.workspace import folder
+from pipeline.workspace import local_files
 from pipeline.workspace.forgotten import FORGOTTEN, Forgotten, Pending, Rewrite
 from pipeline.workspace.lock import in_use, locked_workspace
 from pipeline.workspace.store import INPUTS, MANIFEST, Artifact, Workspace
@@ -45,17 +45,17 @@ from tests.tiny.shards import Sample, write_shard
 
 def test_a_kill_between_a_table_and_its_tar_leaves_no_picture(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     forget_names(made, made.uids[BY_UID])
-    publish = folder._publish  # pyright: ignore[reportPrivateUsage]
+    publish = local_files._publish  # pyright: ignore[reportPrivateUsage]
 
     def stop_at_tar(temporary: Path, target: Path) -> None:
         if target.suffix == ".tar":
             raise StepError("killed")
         publish(temporary, target)
 
-    monkeypatch.setattr(folder, "_publish", stop_at_tar)
+    monkeypatch.setattr(local_files, "_publish", stop_at_tar)
     with pytest.raises(StepError, match="killed"):
         made.finish()
-    monkeypatch.setattr(folder, "_publish", publish)
+    monkeypatch.setattr(local_files, "_publish", publish)
     assert made.pictures[BY_UID].decode("latin-1") in texts_of(made.workspace)
     made.finish()
     assert made.pictures[BY_UID].decode("latin-1") not in texts_of(made.workspace)

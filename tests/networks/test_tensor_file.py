@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.errors import StepError
 from pipeline.networks.tensor_file import save_tensors
-from pipeline.workspace import folder
+from pipeline.workspace import local_files
 from pipeline.workspace.store import Artifact
 
 _TYPES = (
@@ -53,7 +53,7 @@ def test_weights_are_not_read_for_their_checksum(tmp_path: Path, monkeypatch: py
     with artifact.write("model.safetensors") as path:
         save_tensors(_tensors(), path, {})
     truth = Artifact(str(tmp_path)).describe("model.safetensors")
-    monkeypatch.setattr(folder, "sha256_of", fail)
+    monkeypatch.setattr(local_files, "sha256_of", fail)
     assert artifact.describe("model.safetensors") == truth
 
 

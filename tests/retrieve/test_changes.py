@@ -26,7 +26,7 @@ from pipeline.retrieve.changes import (
 from pipeline.retrieve.embedded import EmbeddedShards
 from pipeline.retrieve.takedown import Takedown
 from pipeline.retrieve.versions import Version, read_version
-from pipeline.workspace import folder
+from pipeline.workspace import stored_files
 from pipeline.workspace.forgotten import Forgotten
 from pipeline.workspace.manifest import Manifest
 from pipeline.workspace.objects import ObjectStore
@@ -211,7 +211,7 @@ def test_the_files_of_a_store_are_fetched_once_and_a_damaged_copy_of_them_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("UNCLIP_CACHE", str(tmp_path / "writer"))
-    monkeypatch.setattr(folder, "stamp_of", lambda info: str(info["created"]))  # else no copy of it is used twice
+    monkeypatch.setattr(stored_files, "stamp_of", lambda info: str(info["created"]))  # else no copy of it is used twice
     workspace, fetched = Workspace(f"memory://{tmp_path.name}"), Counter[str]()
     vectors, output = unit(np.random.default_rng(0).normal(size=(24, _DIM))), workspace.artifact("index", "i")
     build_index(_embed(workspace, "base", vectors), output, _CONFIG, seed=0)

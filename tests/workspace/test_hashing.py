@@ -13,8 +13,8 @@ from pipeline.data.shard_writer import ShardFiles, ShardRow, write_shard
 from pipeline.data.vectors import write_embeddings
 from pipeline.evaluate.parts import write_rows
 from pipeline.filter.labels import write_labels
-from pipeline.workspace import folder
-from pipeline.workspace.folder import Folder
+from pipeline.workspace import local_files, stored_files
+from pipeline.workspace.folder import Folder, description_of
 from pipeline.workspace.hashing import HashedFile
 from tests.tiny.shards import EMBED_DIM
 
@@ -84,7 +84,8 @@ def test_a_file_of_a_shard_is_not_read_for_its_checksum(
     monkeypatch.setenv("UNCLIP_CACHE", str(tmp_path / "cache"))
     files = Folder(root or str(tmp_path / "files"))
     with monkeypatch.context() as patch:
-        patch.setattr(folder, "sha256_of", fail)
+        for module in (local_files, stored_files):
+            patch.setattr(module, "sha256_of", fail)
         with files.write(name) as path:
             _WRITERS[name](path)
         described = files.describe(name)
@@ -98,12 +99,12 @@ def test_a_file_that_is_written_again_is_described_as_it_is(tmp_path: Path) -> N
         with HashedFile(path) as stream:
             stream.write(b"first")
         path.write_bytes(b"second")  # past it, and so of another size
-    assert files.describe("file") == folder.description_of(b"second")
+    assert files.describe("file") == description_of(b"second")
     with files.write("file") as path, HashedFile(path) as stream:
         stream.write(b"third")
     with files.write("file") as path:
         path.write_bytes(b"fourth")
-    assert files.describe("file") == folder.description_of(b"fourth")
+    assert files.describe("file") == description_of(b"fourth")
 
 
 def test_nothing_is_remembered_of_a_file_that_failed(tmp_path: Path) -> None:
@@ -117,4 +118,4 @@ def test_nothing_is_remembered_of_a_file_that_failed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="in the middle"):
         write_half()
     (tmp_path / "file").write_bytes(b"by hand")
-    assert files.describe("file") == folder.description_of(b"by hand")
+    assert files.describe("file") == description_of(b"by hand")

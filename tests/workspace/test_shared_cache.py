@@ -15,7 +15,8 @@ import ray
 from pipeline.errors import ConfigError, StepError
 from pipeline.recipe.recipe import load_recipe, parse_recipe
 from pipeline.runtime.connection import connect
-from pipeline.workspace import cache, folder
+from pipeline.workspace import cache, stored_files
+from pipeline.workspace.objects import ObjectStore
 from pipeline.workspace.store import Artifact
 
 _GROUP, _FIRST, _SECOND = 54321, 54322, 54323
@@ -77,9 +78,8 @@ def _read_without_store() -> bytes:
     def fail(*_: object) -> None:
         raise AssertionError("fetched again")
 
-    artifact = Artifact(_URI)
-    artifact._files.get_file = fail
-    return artifact.path("0.tar").read_bytes()
+    ObjectStore.get_file = fail  # in this process alone
+    return Artifact(_URI).path("0.tar").read_bytes()
 
 
 def _write() -> bytes:
@@ -99,9 +99,9 @@ def _read_in_little_room() -> list[str]:
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can be another user")
 def test_users_of_one_group_share_a_cache(shared_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder, "stamp_of", lambda info: str(info["created"]))  # the memory's files have no ETag
-    Artifact(_URI)._files.pipe_file("/shared/step/key/0.tar", _CONTENT)
-    Artifact(_URI)._files.pipe_file("/shared/step/key/1.tar", _CONTENT)
+    monkeypatch.setattr(stored_files, "stamp_of", lambda info: str(info["created"]))  # the memory's files have no ETag
+    for name in ("0.tar", "1.tar"):
+        Artifact(_URI).write_bytes(name, _CONTENT)
     assert _as_user(_FIRST, _GROUP, _read) == _CONTENT
     assert _as_user(_SECOND, _GROUP, _read_without_store) == _CONTENT
     assert _as_user(_SECOND, _GROUP, _write) == _CONTENT
