@@ -6,9 +6,12 @@ import contextlib
 import ctypes
 import os
 
-# Parameters of glibc's mallopt (malloc.h); the second takes at most this.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+# Parameters of glibc's mallopt (malloc.h); the last takes at most this.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _LARGEST_BLOCK_BYTES = 32 << 20
+_HEAP_BYTES = 64 << 20
+"""Of these heaps the memory of a thread that is not the main one is made. A free one is given back whatever the
+threshold says, unless this much is to stay at the end."""
 
 
 def keep_freed_memory(num_bytes: int) -> None:
@@ -25,6 +28,7 @@ def keep_freed_memory(num_bytes: int) -> None:
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_BLOCK_BYTES)
+        mallopt(_M_TOP_PAD, _HEAP_BYTES)
         mallopt(_M_TRIM_THRESHOLD, num_bytes)
 
 

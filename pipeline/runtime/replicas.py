@@ -46,7 +46,7 @@ _IDLE_POLL_S = 0.2
 _MOST_ANNOUNCED = 3
 """Networks that the router knows a replica by: what is served, what a swap brings, and what still finishes."""
 _SMALL_BYTES = 64 << 10
-"""Ray sends an argument or an answer of at most 100 KB without its object store."""
+"""Of tensors; Ray sends an argument or an answer of at most 100 KB without its object store."""
 _LEAST_KEEP_S = 10.0
 """How long networks stay at least once requests mean others: not all HTTP processes turn at the same time."""
 
@@ -304,5 +304,8 @@ async def _sent(result: Any) -> Any:
     """
     if isinstance(result, Accepted | Preview | SampledPictures):
         return result
-    packed = await asyncio.to_thread(pickle.dumps, result)
-    return Hop(result.step, packed if len(packed) <= _SMALL_BYTES else ray.put(packed))
+    from pipeline.serve.work import packed
+
+    if result.num_bytes <= _SMALL_BYTES:
+        return Hop(result.step, packed(result))
+    return Hop(result.step, ray.put(await asyncio.to_thread(packed, result)))

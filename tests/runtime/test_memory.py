@@ -1,13 +1,10 @@
-"""What a run takes of the CPUs and the memory that it may use: for its own Ray, and for ``micro_batch_size = "auto"``."""
-
-from typing import Any
+"""What a worker takes of the memory that it may use, for ``micro_batch_size = "auto"``."""
 
 import pytest
 
 from pipeline.errors import StepError
-from pipeline.recipe import schedule
 from pipeline.recipe.train_sections import TrainResources
-from pipeline.runtime import connection, memory
+from pipeline.runtime import memory
 
 
 @pytest.mark.parametrize(
@@ -33,12 +30,3 @@ def test_a_worker_without_room_for_its_process_is_refused_before_anything_is_cou
     """A room of 0 would be one without a limit, in which everything fits."""
     with pytest.raises(StepError, match=rf"prior: resources.memory_gb_per_worker is {gb:g}, and a worker takes 1.5 GB"):
         memory._room_gb("prior", TrainResources(memory_gb_per_worker=gb))
-
-
-def test_a_ray_of_our_own_has_the_cpus_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    started = dict[str, Any]()
-    monkeypatch.setattr(connection.ray, "init", lambda **options: started.update(options))
-    for num_cpus, logical in ((3, 3), (1, 2)):
-        monkeypatch.setattr(schedule, "num_cpus", lambda num_cpus=num_cpus: num_cpus)
-        connection._start_here()
-        assert started["num_cpus"] == logical

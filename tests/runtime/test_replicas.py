@@ -14,11 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import torch
 from ray import serve
 from starlette.testclient import TestClient
 
 import pipeline.runtime.replicas as replicas_module
 from models.request import SampleRequest
+from models.stage import Batch
+from models.text import TextEncoding
 from pipeline.errors import DataError
 from pipeline.networks.cascade import load_cascade
 from pipeline.recipe.recipe import Recipe
@@ -29,6 +32,7 @@ from pipeline.runtime.replicas import Hop, ModelReplica
 from pipeline.runtime.served import served_artifacts
 from pipeline.runtime.turns import Turns
 from pipeline.serve.protocols import Accepted, NotServing, OtherNetworks, SampledPictures
+from pipeline.serve.work import Work
 from tests.tiny.collector import Collector, collecting
 from tests.tiny.shards import pixels, plain_picture
 from tests.tiny.workspace import served_workspace
@@ -456,12 +460,17 @@ def test_what_is_left_of_a_request_goes_by_reference_if_it_is_large(monkeypatch:
     async def pass_on() -> None:
         replica, served = ModelReplica(), digest_of(tables(1))
         await replica.reconfigure(tables(1))
-        small, large = (SimpleNamespace(step="decoder", content=bytes(size)) for size in (1000, 1 << 20))
+        batch = Batch(TextEncoding(*(torch.zeros(1, 1) for _ in range(4))), (0,))
+        small, large = (
+            Work(batch.with_values(pixels=torch.zeros(1, size)), (1,), "decoder", is_last=True, num_steps=2)
+            for size in (1000, 1 << 20)
+        )
         hops = [await replicas_module._sent(work) for work in (small, large)]
         assert [type(hop.work) for hop in hops] == [bytes, ray.ObjectRef]
         for work, hop in zip((small, large), hops, strict=True):
             _, left = await replica._continued(served, hop)
-            assert left == work
+            assert left is not None
+            assert torch.equal(left.batch.values["pixels"], work.batch.values["pixels"])
         lost = asyncio.get_running_loop().create_future()
         lost.set_exception(ray.exceptions.ObjectLostError("ab", "", ""))
         monkeypatch.setattr(replicas_module, "ObjectRef", asyncio.Future)
