@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import ConfigError
 from pipeline.retrieve.embedded import Floats
 from pipeline.retrieve.queries import QueryEncoder, to_direction
 from pipeline.retrieve.query_list import PROBLEM, QUERY_COLUMNS
@@ -131,11 +130,13 @@ def _encode(name: str, values: list[Any], encoder: QueryEncoder, embed_dim: int)
         return encoder.texts(values), [""] * len(values)
     if name == "image":
         return encoder.pictures(values)
+    if name == "uid":
+        return encoder.rows(values)
     vectors, problems = np.zeros((len(values), embed_dim), np.float32), [""] * len(values)
     for place, value in enumerate(values):
         try:
-            vectors[place] = encoder.row(value) if name == "uid" else to_direction(value, embed_dim)
-        except (ConfigError, ValueError) as error:
+            vectors[place] = to_direction(value, embed_dim)
+        except ValueError as error:
             problems[place] = str(error)
     return vectors, problems
 

@@ -110,10 +110,26 @@ class QueryEncoder:
         Raises:
             ConfigError: If there is no such row.
         """
-        number = self._retriever.id_of(uid)
-        if number is None:
-            raise ConfigError(f"uid {uid}: no row of the index has it")
-        return self._retriever.index.vectors([number])[0]
+        vectors, [problem] = self.rows([uid])
+        if problem:
+            raise ConfigError(problem)
+        return vectors[0]
+
+    def rows(self, uids: Sequence[str]) -> tuple[Floats, list[str]]:
+        """z_image of rows of the index, (N, D), read together: from an object store many at a time.
+
+        Returns:
+            The vectors, zero for a uid that no row has; and for each uid what is wrong with it, empty if nothing is.
+        """
+        vectors = np.zeros((len(uids), self._retriever.index.embed_dim), np.float32)
+        ids = self._retriever.ids_of(uids)
+        is_row = ids >= 0
+        vectors[is_row] = self._retriever.index.vectors(ids[is_row])
+        problems = [
+            "" if there else f"uid {uid}: no row of the index has it"
+            for uid, there in zip(uids, is_row.tolist(), strict=True)
+        ]
+        return vectors, problems
 
     def _encode_one(self, query: Query) -> Floats:
         if query.kind == "text":

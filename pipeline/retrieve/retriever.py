@@ -217,10 +217,15 @@ class Retriever:
             pictures = self._pictures(self.index.sources[int(source)].uri)
         return pictures.read(neighbour.shard, neighbour.key, neighbour.uid)
 
-    def id_of(self, uid: str) -> int | None:
-        """The id of a row by its uid; None if there is none."""
-        number = row_id(uid)
-        return number if self.index.has([number])[0] and self.index.rows([number])["uid"][0].as_py() == uid else None
+    def ids_of(self, uids: Sequence[str]) -> Ids:
+        """The ids of rows by their uids, (len(uids),); -1 where there is no such row."""
+        ids = np.array([row_id(uid) for uid in uids], np.int64)
+        places: list[int] = np.flatnonzero(self.index.has(ids)).tolist()
+        stored = self.index.rows(ids[places])["uid"].to_pylist() if places else []
+        right = [place for place, uid in zip(places, stored, strict=True) if uid == uids[place]]  # an id is a hash
+        chosen = np.full(len(ids), -1, np.int64)
+        chosen[right] = ids[right]
+        return chosen
 
     def _columns_of(self, embed: str) -> StoredColumns:
         download = _download_of(embed)

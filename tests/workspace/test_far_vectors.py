@@ -3,7 +3,9 @@
 import itertools
 import shutil
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,10 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.data import far_files
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.recipe.sections import IndexConfig
+from pipeline.retrieve.batch import encode_rows
 from pipeline.retrieve.build import build_index
+from pipeline.retrieve.embedded import EmbeddedShards
 from pipeline.retrieve.index import NeighbourIndex
+from pipeline.retrieve.queries import QueryEncoder
+from pipeline.retrieve.query_list import PROBLEM
 from pipeline.retrieve.retriever import Retriever
 from pipeline.workspace.manifest import Manifest
 from pipeline.workspace.store import Artifact, Workspace
@@ -161,6 +167,37 @@ def test_a_file_that_is_cut_off_or_gone_is_named(
     words = r"/embed/e/000\d\d.parquet: truncated at byte" if is_there else r"no file 000\d\d.parquet"
     with pytest.raises(DataError, match=words):
         opened.find(_QUERIES, _K)
+
+
+def test_vectors_of_many_uids_are_asked_for_together(
+    embed: Artifact, index: Artifact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A batch search by uid; a uid that no row has fails alone."""
+    tables = [pq.read_table(embed.path(f"{shard:05d}.parquet"), columns=["uid", "z_image"]) for shard in range(8)]
+    stored = [row for table in tables for row in table.slice(5, 32).to_pylist()]
+    uids: list[str | None] = [row["uid"] for row in stored]
+    uids[3:3] = ["none", None, uids[0]]
+    calls, read_parts = list[int](), EmbeddedShards.read_parts
+
+    def count(self: EmbeddedShards, parts: Sequence[tuple[int, int, int]]) -> list[bytes]:
+        calls.append(len(parts))
+        return read_parts(self, parts)
+
+    monkeypatch.setattr(EmbeddedShards, "read_parts", count)
+    monkeypatch.setattr(far_files, "_REQUEST_BYTES", 0)
+    _elsewhere(monkeypatch, tmp_path)
+    no_clip: Any = None
+    encoder = QueryEncoder(no_clip, Retriever.open(index))
+    queries = pa.table({"uid": uids, PROBLEM: pa.nulls(len(uids), pa.string())})
+    vectors, problems = encode_rows(queries, encoder, _DIM)
+    assert calls == [8]  # vectors of a shard lie beside one another
+    assert problems[3:5] == ["uid: uid none: no row of the index has it", "nothing to look for"]
+    assert set(problems[:3] + problems[5:]) == {""}
+    expected = np.array([row["z_image"] for row in [*stored[:3], stored[0], *stored[3:]]], np.float32)
+    np.testing.assert_allclose(np.delete(vectors, [3, 4], axis=0), expected, atol=1e-3)
+    np.testing.assert_array_equal(encoder.row(stored[9]["uid"]), encoder.rows([stored[9]["uid"]])[0][0])
+    with pytest.raises(ConfigError, match="uid none: no row of the index has it"):
+        encoder.row("none")
 
 
 def test_a_filter_reads_columns_by_ranges_and_once(
