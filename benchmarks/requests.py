@@ -20,20 +20,19 @@ import pytest
 
 from benchmarks.side_by_side import publish
 from pipeline.data.selection import embeddings_of
-from pipeline.filter.examples import EXAMPLES
 from pipeline.filter.gathered import plan_bundles
-from pipeline.recipe.plan import artifact_of, make_plan
+from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.sections import IndexConfig
 from pipeline.retrieve.build import SegmentBuild
 from pipeline.retrieve.embedded import EmbeddedShards
 from pipeline.retrieve.sample import choose_queries
 from pipeline.runtime.context import StepContext
-from pipeline.workspace.store import Artifact, Workspace
+from pipeline.workspace.store import Artifact
 from tests.s3_server import S3Server, started
 from tests.scaling_page import counted_by_hand, value
 from tests.tiny.shards import make_embeddings
-from tests.tiny.steps_here import count_all_steps, counted_recipe, steps_here, with_filter
+from tests.tiny.steps_here import count_all_steps, counted_recipe, steps_here
 from tests.workspace.conftest import use
 
 _DIM, _SAMPLE_SHARDS, _SAMPLE_SHARD_ROWS, _SAMPLE_ROWS = 256, 128, 1024, 8000
@@ -47,7 +46,7 @@ def run(server: S3Server, cache: Path, num_shards: int, shard_rows: int) -> list
     counted = count_all_steps(recipe, server, cache)
     num_bundles = len(plan_bundles(num_shards))
     num_queried = _shards_with_queries(recipe)
-    letters = {"N": num_shards, "B": num_bundles, "E": _num_examples(recipe), "Q": num_queried}
+    letters = {"N": num_shards, "B": num_bundles, "E": 0, "Q": num_queried}
     page, rows = counted_by_hand(), list[Row]()
     for step, requests in counted.items():
         kinds = Counter(one.kind for one in requests)
@@ -58,12 +57,6 @@ def run(server: S3Server, cache: Path, num_shards: int, shard_rows: int) -> list
     for row in rows:
         row["equal"] = row["counted"] == row["by_hand"]
     return rows
-
-
-def _num_examples(recipe: Recipe) -> int:
-    step = next(step for step in make_plan(with_filter(recipe)) if step.name == "filter")
-    examples = artifact_of(Workspace(recipe.workspace), step).read_json(EXAMPLES)["examples"]
-    return sum(len(of_reason) for of_reason in examples.values())
 
 
 def _shards_with_queries(recipe: Recipe) -> int:

@@ -31,7 +31,7 @@ def write_examples(output: Artifact, download: Artifact, records: Sequence[Shard
     Raises:
         DataError: If a shard is damaged.
     """
-    pictures = StoredPictures(download)
+    pictures = StoredPictures(download, by_ranges=True)
     reasons = sorted({reason for record in records for reason in record.counts} - {"in", "ok"})
     examples: dict[str, list[Json]] = {}
     for reason in reasons:

@@ -70,11 +70,12 @@ class RowRules:
         self._config = config
         self._language = LanguageClassifier(config.languages) if config.languages else None
 
-    def __call__(self, tar: Path, parquet: Path, shard: str) -> pa.Table:
+    def __call__(self, tar: Callable[[], Path], parquet: Path, shard: str) -> pa.Table:
         """Measure one shard of the download; memory is that of its table and of one picture.
 
         Args:
-            tar: Pictures of the shard.
+            tar: Gives the pictures of the shard. It is called only if a rule reads a picture: a tar in an object store
+                is a hundred times as large as its table.
             parquet: Table of the shard.
             shard: Name of the shard.
 
@@ -175,7 +176,7 @@ class RowRules:
             labels.leave_out((tag not in self._config.nsfw_tags for tag in tags), "nsfw_tag", _value_of("NSFW", tags))
 
     def _measure_pictures(
-        self, tar: Path, table: pa.Table, shard: str, labels: Labels, captions: list[str]
+        self, tar: Callable[[], Path], table: pa.Table, shard: str, labels: Labels, captions: list[str]
     ) -> dict[str, Any]:
         """Digests and hashes of the rows that stay so far; of the others they are zero."""
         rows = list(zip(table["key"].to_pylist(), table["uid"].to_pylist(), strict=True))
@@ -184,10 +185,12 @@ class RowRules:
         texts: list[str | None] = table["sha256"].to_pylist() if has_digest else [None for _ in rows]
         digests = [text if text and _SHA256.fullmatch(text) else "" for text in texts]
         is_near, one_caption = self._config.duplicates == "near", self._config.same_caption_only
-        pictures = ShardPictures(tar, shard) if is_near or "" in digests else None
+        staying: list[int] = np.flatnonzero(labels.stays()).tolist()
+        reads_pictures = any(is_near or not digests[row] for row in staying)
+        pictures = ShardPictures(tar(), shard) if reads_pictures else None
         hashes = [_NO_HASH for _ in rows]
         corrupt: dict[int, str] = {}
-        for row in np.flatnonzero(labels.stays()).tolist():
+        for row in staying:
             data = b"" if pictures is None else pictures.read(*rows[row])
             digests[row] = digests[row] or hashlib.sha256(data).hexdigest()
             if is_near:

@@ -30,7 +30,7 @@ Json = dict[str, Any]
 REQUESTS: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
     "pairs": ((0, 36), (0, 26)),
     "download": ((7, 13), (4, 11)),
-    "filter": ((12, 29), (4, 28)),
+    "filter": ((9, 29), (4, 28)),
     "clip": ((6, 18), (0, 15)),
     "embed": ((6, 17), (2, 10)),
     "index": ((5, 83), (0, 38)),

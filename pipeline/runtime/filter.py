@@ -188,8 +188,8 @@ class MeasureWorker(PassWorker):
     def __call__(self, shard: str) -> ShardRecord:
         """Measure one shard of the download."""
         start, output = time.monotonic(), self.part(MEASURES)
-        tar, parquet = (self.download.path(f"{shard}.{suffix}") for suffix in ("tar", "parquet"))
-        table = self._rules(tar, parquet, shard)
+        parquet = self.download.path(f"{shard}.parquet")
+        table = self._rules(lambda: self.download.path(f"{shard}.tar"), parquet, shard)
         with output.write(f"{shard}.arrow") as path:
             write_table(table, path)
         return commit_shard(output, shard, count_reasons(table["reason"].to_pylist()), [], start)

@@ -253,7 +253,7 @@ class Rehearsal:
         start = clock.now()
         rules = RowRules(config)
         loaded = clock.now()
-        measures = rules(download.path(f"{_SHARD}.tar"), download.path(f"{_SHARD}.parquet"), _SHARD)
+        measures = rules(lambda: download.path(f"{_SHARD}.tar"), download.path(f"{_SHARD}.parquet"), _SHARD)
         return self._label("filter", output, measures, clock, start, loaded)
 
     def filter_embeddings(self) -> RowUnits | None:

@@ -1,6 +1,7 @@
 """Perceptual hashes on drawn pictures, and the search in parts of bounded size."""
 
 import tracemalloc
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def test_small_parts_find_what_one_part_finds(
     shards = list(download.shard_records())
     rules, num_rows = RowRules(config), 0
     for shard in shards:
-        table = rules(download.path(f"{shard}.tar"), download.path(f"{shard}.parquet"), shard)
+        table = rules(partial(download.path, f"{shard}.tar"), download.path(f"{shard}.parquet"), shard)
         num_rows += table.num_rows
         with measures.write(f"{shard}.arrow") as path:
             write_table(table, path)

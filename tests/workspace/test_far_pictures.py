@@ -7,7 +7,7 @@ import random
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,15 @@ from pipeline.data import shards
 from pipeline.data.make_pairs import write_pairs
 from pipeline.data.pairs import Pairs
 from pipeline.data.rows import make_uid
+from pipeline.data.selection import label_file
 from pipeline.data.shard_tables import Place
 from pipeline.data.shard_writer import RESULT_FIELDS, ShardFiles, ShardRow, Span, write_shard
 from pipeline.data.shards import StoredPictures
 from pipeline.data.sources import Source
 from pipeline.data.tars import take_in
 from pipeline.errors import DataError
+from pipeline.filter.examples import write_examples
+from pipeline.filter.labels import write_labels
 from pipeline.forget.rewrite import rewrite
 from pipeline.recipe.pairs_sections import PairsConfig
 from pipeline.recipe.sections import IndexConfig
@@ -39,7 +42,7 @@ from pipeline.workspace.forgotten import Forgotten, Rewrite
 from pipeline.workspace.manifest import Manifest, ShardRecord
 from pipeline.workspace.store import Artifact, Workspace
 from tests.s3_server import Request, S3Server
-from tests.tiny.shards import make_embeddings, write_tar, write_vectors
+from tests.tiny.shards import make_embeddings, pixels, plain_picture, write_tar, write_vectors
 
 _ROWS, _DIM = 40, 16
 _SCHEMA = pa.schema(
@@ -52,6 +55,12 @@ def _picture(shard: str, row: int) -> bytes:
     return b"\xff\xd8" + random.Random(f"{shard} {row}").randbytes(40_000 + 100 * row)
 
 
+def _decodable(shard: str, row: int) -> bytes:
+    """As ``_picture``, of one colour; what follows a JPEG file is not decoded."""
+    junk = _picture(shard, row)
+    return plain_picture(f"#{junk[2:5].hex()}", kind="JPEG") + junk
+
+
 def _row(shard: str, row: int) -> dict[str, Any]:
     url, caption, is_good = f"http://a/{shard}/{row}.jpg", f"caption {row}", row % 9 != 8
     values = dict.fromkeys(_SCHEMA.names) | {"uid": make_uid(url, caption), "url": url, "caption": caption}
@@ -60,10 +69,10 @@ def _row(shard: str, row: int) -> dict[str, Any]:
     return values | (dict.fromkeys(sizes, 64) if is_good else {"error_message": "dns"})
 
 
-def _write(download: Artifact, shard: str) -> list[dict[str, Any]]:
+def _write(download: Artifact, shard: str, picture: Callable[[str, int], bytes] = _picture) -> list[dict[str, Any]]:
     """Commit a shard as a download writes it; returns its good rows."""
     names, values = [f"{shard}.tar", f"{shard}.parquet", f"{shard}_stats.json"], [_row(shard, n) for n in range(_ROWS)]
-    pictures = [_picture(shard, number) for number in range(_ROWS)]
+    pictures = [picture(shard, number) for number in range(_ROWS)]
     rows = [
         ShardRow(row, Span(io.BytesIO(data), 0, len(data)) if row["status"] == "success" else None)
         for row, data in zip(values, pictures, strict=True)
@@ -272,3 +281,26 @@ def test_a_table_without_places_costs_a_search_or_else_the_tar(
         whole.append(sum(one.num_bytes for one in requests if one.kind == "GET"))
         assert sum(one.num_bytes for one in requests if one.kind == "ranged GET") < 0.2 * tar_bytes
     assert whole == ([0, 0, 0, tar_bytes] if is_sorted else [tar_bytes, 0, 0, 0])
+
+
+def test_examples_of_a_filter_cost_a_request_for_each_picture_and_not_their_tars(
+    bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What docs/scaling.md says of an example of a duplicate, without the checksums at the commit."""
+    download, output = Artifact(f"{bucket}/download/d"), Artifact(f"{bucket}/filter/f")
+    stays, again = _write(download, "00000", _decodable)[0], _write(download, "00001", _decodable)[3]
+    measures = pa.table({"uid": [again["uid"]], "key": [again["key"]], "reason": [""], "detail": [""]})
+    duplicate = {"row": 0, "reason": "duplicate", "detail": "", "same_as": stays["uid"], "same_as_shard": "00000"}
+    with output.write(label_file("00001")) as path:
+        counts, _ = write_labels(measures, [duplicate], path, where="")
+    _elsewhere(monkeypatch, tmp_path)
+    for artifact, name in ((download, "00000.parquet"), (download, "00001.parquet"), (output, label_file("00001"))):
+        artifact.path(name)  # the worker of the passes has them
+    s3_server.counted()
+    write_examples(output, download, [ShardRecord(shard="00001", counts=counts, files={})], 6)
+    requests = s3_server.counted()
+    assert Counter(one.kind for one in requests) == {"HEAD": 9, "ranged GET": 2, "PUT": 3}
+    assert _of(requests, ".tar") == {"HEAD": 4, "ranged GET": 2}
+    [example] = output.read_json("examples.json")["examples"]["duplicate"]
+    shown = [pixels(output.read_bytes(one["file"])) for one in example["pictures"]]
+    np.testing.assert_array_equal(shown, [pixels(_decodable("00001", 3)), pixels(_decodable("00000", 0))])
