@@ -8,6 +8,7 @@ import json
 import random
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -52,6 +53,8 @@ NUM_RECONSTRUCTIONS_SHOWN = 6
 """How many of the reconstructions are kept as pictures."""
 _MAX_PSNR_DB = 99.0
 """Equal pictures (a blank page) have no finite PSNR; they count as this."""
+_THREADS = 8
+"""Pictures of an object store take some requests each."""
 _PROMPT_SEED_STRIDE = 1000
 """Distance of the seeds of two prompts, so that no two pictures of an evaluation share their noise."""
 ENLARGED = ("psnr_db", "ssim", "sharpness")
@@ -96,7 +99,7 @@ class PartRunner:
         self._prompts = work.prompts
         self._trained = work.trained
         self._rows = work.rows
-        self._stored = StoredPictures(download)
+        self._stored = StoredPictures(download, by_ranges=True)
         self._output = output
         self._seed = seed
         self._samples = work.samples
@@ -221,7 +224,7 @@ class PartRunner:
                 row["z_real"] = z_image
         if self._extractor is not None:
             stored = [self._prompts.prompts[row["prompt_number"]].row for row in from_rows]
-            pictures += [self._real_picture(row) for row in stored if row is not None]
+            pictures += self._real_pictures([row for row in stored if row is not None])
             for row, features in zip(from_scenes + from_rows, self._features(pictures), strict=True):
                 row["features_real"] = features
 
@@ -253,7 +256,7 @@ class PartRunner:
                 column["z_prior_2"] = z
         count = max(0, min(NUM_RECONSTRUCTIONS - part.start, len(rows)))
         if count:
-            pictures = np.stack([self._real_picture(row) for row in rows[:count]])
+            pictures = np.stack(self._real_pictures(rows[:count]))
             self._reconstruct(part.start, rows[:count], pictures, columns, names)
             self._enlarge(pictures, batch[:count], columns)
             self._add_bounds(part.start, rows[:count], pictures, columns)
@@ -325,8 +328,14 @@ class PartRunner:
             by_stage = {name: float(bound[n]) for name, bound in bounds.items() if bound is not None}
             column["bits_per_dim"] = by_stage or None  # Parquet has no struct without a field
 
-    def _real_picture(self, row: Row) -> Pixels:
-        return square(self._stored.decode(row.shard, row.key, row.uid), self._sides_px[-1])
+    def _real_pictures(self, rows: Sequence[Row]) -> list[Pixels]:
+        """The stored pictures of rows, in their order, at the side of the last stage; some are read at once."""
+
+        def read(row: Row) -> Pixels:
+            return square(self._stored.decode(row.shard, row.key, row.uid), self._sides_px[-1])
+
+        with ThreadPoolExecutor(_THREADS) as threads:
+            return list(threads.map(read, rows))
 
     def _features(self, pictures: Sequence[Pixels]) -> Sequence[NDArray[np.float32] | None]:
         if self._extractor is None or not pictures:

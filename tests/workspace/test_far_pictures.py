@@ -9,6 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from pipeline.data import shards
 from pipeline.data.make_pairs import write_pairs
@@ -28,9 +30,13 @@ from pipeline.data.shards import StoredPictures
 from pipeline.data.sources import Source
 from pipeline.data.tars import take_in
 from pipeline.errors import DataError
+from pipeline.evaluate.parts import PartRunner
+from pipeline.evaluate.prompts import PromptSet, Row
+from pipeline.evaluate.work import Work
 from pipeline.filter.examples import write_examples
 from pipeline.filter.labels import write_labels
 from pipeline.forget.rewrite import rewrite
+from pipeline.pictures import decode, square
 from pipeline.recipe.pairs_sections import PairsConfig
 from pipeline.recipe.sections import IndexConfig
 from pipeline.retrieve.build import build_index
@@ -281,6 +287,44 @@ def test_a_table_without_places_costs_a_search_or_else_the_tar(
         whole.append(sum(one.num_bytes for one in requests if one.kind == "GET"))
         assert sum(one.num_bytes for one in requests if one.kind == "ranged GET") < 0.2 * tar_bytes
     assert whole == ([0, 0, 0, tar_bytes] if is_sorted else [tar_bytes, 0, 0, 0])
+
+
+def _runner(rows: Sequence[Row], download: Artifact, folder: Path) -> PartRunner:
+    """An evaluation of rows, without networks."""
+    cascade: Any = SimpleNamespace(clip=None, sides_px={"decoder": 16, "upsampler_1": 32})
+    work = Work(PromptSet((), "captions"), PromptSet((), "trained"), rows, "validation", (), ())
+    return PartRunner(cascade, work, download, Artifact(str(folder / "evaluate")), 0)
+
+
+def _row_of(shard: str, row: dict[str, Any]) -> Row:
+    no_vector = np.zeros(_DIM, np.float16)
+    return Row(row["uid"], row["key"], shard, row["caption"], no_vector, no_vector)
+
+
+def test_real_pictures_of_an_evaluation_cost_a_request_each_and_not_their_tars(
+    bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    download, names = Artifact(f"{bucket}/download/d"), [f"{number:05d}" for number in range(6)]
+    rows = [_row_of(shard, _write(download, shard, _decodable)[int(shard)]) for shard in names]
+    _elsewhere(monkeypatch, tmp_path)
+    s3_server.counted()
+    pictures = _runner(rows, download, tmp_path)._real_pictures(rows)
+    assert _of(s3_server.counted(), ".tar") == {"HEAD": 2 * len(rows), "ranged GET": len(rows)}
+    for row, picture in zip(rows, pictures, strict=True):
+        stored = decode(_decodable(row.shard, int(row.key[5:])), where="")
+        np.testing.assert_array_equal(picture, square(stored, 32))
+
+
+def test_real_pictures_of_an_evaluation_are_fetched_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, together = [_row_of("00000", _row("00000", number)) for number in range(4)], threading.Barrier(4)
+
+    def decode(_self: StoredPictures, _shard: str, key: str, _uid: str) -> Image.Image:
+        together.wait(60)
+        return Image.new("RGB", (32, 32), (int(key), 0, 0))
+
+    monkeypatch.setattr(StoredPictures, "decode", decode)
+    pictures = _runner(rows, Artifact(str(tmp_path)), tmp_path)._real_pictures(rows)
+    assert [int(picture[0, 0, 0]) for picture in pictures] == [int(row.key) for row in rows]
 
 
 def test_examples_of_a_filter_cost_a_request_for_each_picture_and_not_their_tars(
