@@ -45,6 +45,12 @@ class Head:
         tensors = _read(path, self._where)
         self._mean, self._scale = _normalisation(tensors)
         self._layers, self._has_relu, self._has_sigmoid = _layers(tensors, self._where)
+        for weight, bias in self._layers:
+            if weight.ndim != 2 or bias.shape != weight.shape[:1]:
+                raise ConfigError(
+                    f"{self._where}: a layer has weights of the shape {tuple(weight.shape)} and biases of "
+                    f"{tuple(bias.shape)}; a head's are (outputs, features) and (outputs,)"
+                )
         widths = [embed_dim, *(int(weight.shape[0]) for weight, _ in self._layers)]
         for (weight, _), width in zip(self._layers, widths, strict=False):
             if weight.shape[1] != width:
