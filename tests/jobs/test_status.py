@@ -152,6 +152,11 @@ def test_an_address_that_no_tracker_has_is_refused_without_its_password(uri: str
     assert "secret" not in str(refusal.value)
 
 
+def test_half_of_an_ipv6_address_is_no_tracker() -> None:
+    with pytest.raises(ConfigError, match=r"tracking\.uri http://\[h: no such kind of tracker"):
+        check_scheme("http://[h")
+
+
 def test_a_plan_as_a_graph_has_every_step_its_state_and_its_inputs(recipe: Path) -> None:
     lines = unclip_here("plan", str(recipe), "--graph").stdout.splitlines()
     steps = make_plan(load_recipe(recipe))

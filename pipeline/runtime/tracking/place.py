@@ -123,7 +123,10 @@ def check_scheme(uri: str) -> None:
     Raises:
         ConfigError: If it is one.
     """
-    scheme = urllib.parse.urlsplit(uri).scheme.partition("+")[0]
+    try:
+        scheme = urllib.parse.urlsplit(uri).scheme.partition("+")[0]
+    except ValueError:  # half of an IPv6 address
+        scheme = ""
     if scheme not in _SCHEMES:
         raise ConfigError(
             f"tracking.uri {without_password(uri)}: no such kind of tracker; "
