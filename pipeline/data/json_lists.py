@@ -266,15 +266,17 @@ def _first_name(buffer: str, place: int) -> str | None:
 def _num_open_lists(buffer: str, place: int, fault: int) -> int:
     """How many lists of a value are open where it is no JSON any more: behind that, brackets may be letters.
 
-    One that would begin right there does not count: its bracket may stand in the place of a text's first quote.
+    One whose first value is not behind us does not count: its bracket may stand in the place of a text's first quote.
     """
-    num_lists, mark, end = 0, "", place
+    num_lists, last = 0, ""
     for match in _PUNCTUATION.finditer(buffer, place, fault):
-        mark, end = match.group(), match.end()
+        mark = match.group()
         if mark == '"':
             break
+        if len(mark) == 1:
+            last = mark
         num_lists += (mark == "[") - (mark == "]")
-    return num_lists - (mark == "[" and _BLANK.match(buffer, end, fault) is not None)
+    return num_lists - (last == "[")
 
 
 def _num_own(text: str) -> int:

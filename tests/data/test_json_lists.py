@@ -191,6 +191,11 @@ _BRACKETS_IN_TEXTS = [
     '{"url": "http://a/9", "tags": ["a", "b [x], "faces": [{"x": 1}, {"x": 2}]}',
     '{"url": "http://a/9", "caption[: "c", "tags": ["a", "b"]}',
     '{"url": "http://a/9", "caption": [a nail", "tags": ["a", "b"]}',
+    '{"url": "http://a/9", "caption": [12 inch (LP)", "n": 1}',
+    '{"url": "http://a/9", "caption": [5" nail", "n": 1}',
+    '{"url": "http://a/9", "caption": ["red" nail", "n": 1}',
+    '{"url": "http://a/9", "caption": [1] of a set", "n": 1}',
+    '{"url": "http://a/9", "caption": [true story", "tags": ["a", "b"]}',
     '{"url": "http://a/9", "caption": "c", "tags": ["a", "b"]}"',
 ]
 
@@ -310,12 +315,17 @@ def test_a_json_list_that_is_cut_anywhere_is_refused(tmp_path: Path) -> None:
             _rows(tmp_path / "list.json")
 
 
+_FIRST_QUOTE = len('{"url": "http://a/0", "caption": ')
+
+
 @given(
     damaged=st.integers(0, 3),
-    place=st.integers(0, 70),
+    place=st.integers(0, 70) | st.just(_FIRST_QUOTE),
     mark=st.sampled_from('"\\}{[],:\t'),
     replaces=st.booleans(),
-    caption=st.sampled_from(['a [1] "b"', "tag [x", "end ] of", "[", 'a "b" ][ c, {']),
+    caption=st.sampled_from(
+        ['a [1] "b"', "tag [x", "end ] of", "[", 'a "b" ][ c, {', "12 inch (LP)", "1] of two", "true story"]
+    ),
     others=st.sampled_from([{}, {"n": [{"x": 1}, {}]}]),
     block=st.sampled_from([1 << 20, 50]),
 )
