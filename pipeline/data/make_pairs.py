@@ -121,9 +121,9 @@ class PairsMaker:
         written = self._output.read_jsons([f"{LIVE}parts/{name}.json" for name in self._names])
         notes = add_counts([one["notes"] for one in written])
         summary.metrics |= add_counts([dict(reading.notes) for reading in readings]) | notes
-        if num_captions := summary.metrics.get("captions_measured"):
+        if summary.metrics.get("captions_measured"):
             summary.metrics["context_length"] = self._source.context_length
-            summary.metrics["long_caption_share"] = round(summary.metrics["long_captions"] / num_captions, 6)
+            summary.metrics["long_caption_share"] = _long_share([one["notes"] for one in written], parts)
         if len(self._source.config.lists) > 1:
             summary.metrics["lists"] = self._count_lists(readings, parts)
         if examples := name_examples(readings):
@@ -319,6 +319,15 @@ def _to_pairs(batch: pa.Table, validation_prob: float, reading: Reading) -> tupl
             column = batch.column(name).filter(has_url)
             pairs = pairs.append_column(name, cast_column(column, plain_type(column.type)))
     return pairs, [bytes.fromhex(uid) for uid in uids]
+
+
+def _long_share(notes: Sequence[Mapping[str, int]], parts: Sequence[Mapping[str, int]]) -> float:
+    """Share of the rows whose captions are too long; of a part that was sampled, as many as its sample says."""
+    long_rows = [
+        one["long_captions"] / one["captions_measured"] * counts["ok"] if one["captions_measured"] else 0.0
+        for one, counts in zip(notes, parts, strict=True)
+    ]
+    return round(sum(long_rows) / sum(counts["ok"] for counts in parts), 6)
 
 
 def _notes(table: pa.Table) -> dict[str, int]:

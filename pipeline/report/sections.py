@@ -184,9 +184,13 @@ def pairs_of(done: Done, lists: Sequence[PairsList] = ()) -> Json | None:
     counts, metrics = done["pairs"].manifest.counts, done["pairs"].manifest.metrics
     odd = [(words, counts.get(name, 0)) for name, words in _ODD_ROWS.items()]
     odd += [(words, metrics.get(name, 0)) for name, words in _ODD_CAPTIONS.items()]
-    if metrics.get("long_captions"):
-        share = f"captions ({100 * metrics['long_caption_share']:.1f} %) longer than {metrics['context_length']} tokens"
-        odd.append((f"{share}, whose ends are not read", metrics["long_captions"]))
+    if num_long := metrics.get("long_captions"):
+        words = f"captions ({100 * metrics['long_caption_share']:.1f} %) longer than {metrics['context_length']} tokens"
+        words += ", whose ends are not read"
+        if (measured := metrics["captions_measured"]) < (ok := counts.get("ok", 0)):
+            num_long = round(metrics["long_caption_share"] * ok)
+            words += f" (estimated from {measured:,} captions)"
+        odd.append((words, num_long))
     return {
         "total": counts.get("in", 0),
         "ok": counts.get("ok", 0),

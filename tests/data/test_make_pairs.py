@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data import duplicates, sources
+from pipeline.data import duplicates, make_pairs, sources
 from pipeline.data.make_pairs import PairsMaker, write_pairs
 from pipeline.data.pairs import Pairs
 from pipeline.data.rows import make_uid, numbered_names, split_of
@@ -207,6 +207,25 @@ def test_empty_captions_are_counted_in_every_format(tmp_path: Path) -> None:
         config = PairsConfig(source="list", path=str(tmp_path / f"list.{kind}"))
         summary = write_pairs(Source(config), Artifact(str(tmp_path / kind)))
         assert (summary.counts["ok"], summary.metrics["empty_captions"]) == (3, 2), kind
+
+
+@pytest.mark.usefixtures("in_pieces")
+def test_the_share_of_long_captions_counts_each_part_by_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def count_long(captions: list[str], context_length: int) -> int:
+        return sum(len(one) > context_length for one in captions)
+
+    monkeypatch.setattr(make_pairs, "MOST_CAPTIONS", 10)
+    monkeypatch.setattr(make_pairs, "count_long", count_long)
+    (tmp_path / "list").mkdir()
+    for name, caption, num_rows in (("0", "short", 190), ("1", "a long caption", 10)):
+        urls = [f"http://a/{name}/{number}" for number in range(num_rows)]
+        pq.write_table(pa.table({"url": urls, "caption": [caption] * num_rows}), tmp_path / f"list/{name}.parquet")
+    source = Source(PairsConfig(source="list", path=str(tmp_path / "list")), context_length=8)
+    metrics = write_pairs(source, Artifact(str(tmp_path / "out"))).metrics
+    assert (metrics["captions_measured"], metrics["long_captions"]) == (20, 10)
+    assert metrics["long_caption_share"] == 0.05
 
 
 def test_max_pairs_counts_rows_over_all_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from pipeline.recipe.pairs_sections import PairsConfig, PairsList
 from pipeline.recipe.plan import artifact_of, make_plan, manifest_of
 from pipeline.recipe.recipe import Recipe
 from pipeline.report.report import format_metrics, short_count, write_report
-from pipeline.report.sections import Finished, covered_s, download_of, recipe_changes
+from pipeline.report.sections import Finished, covered_s, download_of, pairs_of, recipe_changes
 from pipeline.report.tables import measure_rows, quality_groups, tiles_of
 from pipeline.shapes.captions import canonical_caption
 from pipeline.shapes.scene import evaluation_scenes
@@ -326,6 +326,19 @@ def test_failures_of_the_download_are_those_of_its_manifest_and_none_is_left_out
     assert errors["other causes"] == 10 + 20 + 30 + (700 - sum(causes.values()))
     assert sum(errors.values()) == 700
     assert max(error["share"] for error in section["errors"]) == 1
+
+
+def test_captions_that_are_too_long_are_counted_in_the_list_and_not_in_its_sample(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path / "w")
+    step = make_plan(recipe, until="pairs")[0]
+    output = artifact_of(Workspace(recipe.workspace), step)
+    metrics = {"long_captions": 120, "long_caption_share": 0.012, "captions_measured": 10_000, "context_length": 77}
+    manifest = replace(manifest_of(step, output, {"in": 5_000_000, "ok": 5_000_000}), metrics=metrics)
+    section = pairs_of({"pairs": Finished(step, output, manifest)})
+    assert section is not None
+    [odd] = section["odd"]
+    assert odd["count"] == 60_000
+    assert odd["words"].endswith("(estimated from 10,000 captions)")
 
 
 def test_report_names_what_is_odd_about_the_list_of_pairs(recipe: Recipe, tmp_path: Path) -> None:
