@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
+from pipeline.recipe.paths import without_password
+
 NUM_EXAMPLES = 10
 """Malformed rows that are named; the others are counted."""
 MAX_CELL = 131_072
@@ -130,7 +132,10 @@ def has_surrogates(text: str) -> bool:
 
 
 def name_examples(readings: list[Reading]) -> list[str]:
-    """The first malformed rows of all pieces, as ``file:line: reason``; lines are counted from the file's beginning."""
+    """The first malformed rows of all pieces, as ``file:line: reason``, for people: without passwords of addresses.
+
+    Lines are counted from the file's beginning.
+    """
     names: list[str] = []
     file, before = "", 0
     for reading in readings:
@@ -140,7 +145,8 @@ def name_examples(readings: list[Reading]) -> list[str]:
             starts.append(before)
             file, before = name, before + count
         for one in reading.examples:
-            place = f"{one.file}:{starts[one.span] + one.line}" if one.line else one.file
+            shown = without_password(one.file) if "://" in one.file else one.file
+            place = f"{shown}:{starts[one.span] + one.line}" if one.line else shown
             names.append(f"{place}: {one.reason}")
     # The name of a file may hold bytes that are not UTF-8.
     return [name.encode(errors="backslashreplace").decode() for name in names[:NUM_EXAMPLES]]

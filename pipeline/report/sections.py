@@ -196,8 +196,8 @@ def pairs_of(done: Done, lists: Sequence[PairsList] = ()) -> Json | None:
         "ok": counts.get("ok", 0),
         "validation": metrics.get("validation", 0),
         "lists": [
-            f"list {number} ({one.path}): {rows['ok']:,} of {rows['in']:,} rows, {rows['duplicate']:,} came before; "
-            f"weight {one.weight:g}"
+            f"list {number} ({_shown(one.path)}): {rows['ok']:,} of {rows['in']:,} rows, {rows['duplicate']:,} came "
+            f"before; weight {one.weight:g}"
             for number, (one, rows) in enumerate(zip(lists, metrics.get("lists", []), strict=False), 1)
         ],
         "odd": [{"words": words, "count": count} for words, count in odd if count],

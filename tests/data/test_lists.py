@@ -132,6 +132,19 @@ def test_malformed_rows_are_named_by_the_line_of_the_file_whatever_the_spans(tmp
         ]
 
 
+def test_malformed_rows_are_named_without_passwords() -> None:
+    files = {
+        "https://me:secret@data/a.csv": "https://me:***@data/a.csv:3",
+        "https://bucket/a.csv?X-Amz-Signature=secret": "https://bucket/a.csv?***:3",
+        "/data/b:c@d?e=f.csv": "/data/b:c@d?e=f.csv:3",
+    }
+    for file, shown in files.items():
+        reading = Reading()
+        reading.begin(file)
+        reading.malformed(3, "no cell user:name@host")
+        assert name_examples([reading]) == [f"{shown}: no cell user:name@host"]
+
+
 def test_only_the_first_ten_malformed_rows_are_named(tmp_path: Path) -> None:
     (tmp_path / "list.jsonl").write_text("\n".join(['{"url": "u"}', *("{" for _ in range(30))]))
     _, reading = _rows(tmp_path / "list.jsonl", ListColumns(caption="-"))

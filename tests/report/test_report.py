@@ -365,10 +365,12 @@ def test_report_names_what_is_odd_about_the_list_of_pairs(recipe: Recipe, tmp_pa
         "list.csv:3: &lt;b&gt;3 cells",
     ):
         assert words in page, words
-    lists = (PairsList(path="a.csv"), PairsList(path="b.csv", weight=0.5))
+    lists = (PairsList(path="a.csv"), PairsList(path="s3://me:secret@bucket/b.csv", weight=0.5))
     recipe = replace(recipe, pairs=PairsConfig(source="list", lists=lists))
     metrics["lists"] = [{"in": 700, "ok": 690, "duplicate": 0}, {"in": 300, "ok": 210, "duplicate": 60}]
     output.remove("manifest.json")
     output.commit(replace(manifest_of(steps[0], output, counts), metrics=metrics))
     write_report(workspace, steps, recipe, tmp_path / "report.html", "r.toml")
-    assert "list 2 (b.csv): 210 of 300 rows, 60 came before; weight 0.5" in (tmp_path / "report.html").read_text()
+    page = (tmp_path / "report.html").read_text()
+    assert "list 2 (s3://me:***@bucket/b.csv): 210 of 300 rows, 60 came before; weight 0.5" in page
+    assert "secret" not in page
