@@ -8,15 +8,20 @@ from pathlib import PurePosixPath
 from typing import IO, Any
 
 from pipeline.data.delimited import csv_records, lines_of
-from pipeline.data.json_lists import json_records, parse_json
+from pipeline.data.json_lists import UnknownShapeError, json_records, parse_json
 from pipeline.data.list_columns import CAPTION_COLUMNS, ListColumns, find_column
 from pipeline.data.lists import Span, explain_damage, file_columns, kind_of, open_text, read_span
 from pipeline.data.reading import MAX_CELL, Reading, has_surrogates
+from pipeline.errors import DataError
 
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+"""In the order of their names: of several in a folder the first is read."""
 NAME_COLUMNS = ("file_name", "filename", "image", "image_name", "path", "image_path", "file")
-_ANNOTATIONS = ("captions_*.json", "dataset_*.json")
+_KARPATHY = "dataset_*.json"
+_ANNOTATIONS = ("captions_*.json", _KARPATHY)
+_ABOUT_DATASETS = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json"})
+"""What Hugging Face's tools write into a folder: no annotations, in spite of their names."""
 _TOKENS = ("*.token", "*.token.txt")
 _TABLES = {"captions.txt": ",", "results.csv": "|"}
 SIDECARS = (".txt", ".caption", ".json")
@@ -51,7 +56,8 @@ def has_captions(file: str) -> bool:
 def is_annotation(file: str) -> bool:
     """Whether a file is annotations, by its name."""
     name = file.rpartition("/")[2]
-    return name not in METADATA and any(fnmatch(name, pattern) for pattern in (*_ANNOTATIONS, *_TOKENS, *_TABLES))
+    patterns = (*_ANNOTATIONS, *_TOKENS, *_TABLES)
+    return name not in _ABOUT_DATASETS and any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def is_picture(name: str) -> bool:
@@ -97,20 +103,39 @@ def _take_over(reading: Reading, own_reading: Reading) -> None:
 def read_annotations(file: str, reading: Reading) -> Metadata:
     """Read annotations; ``reading`` counts and names records that cannot be read.
 
+    Other tools use the names of annotations, too: a file in which no picture has a caption counts as one that was not
+    read.
+
     Raises:
-        DataError: If the file is damaged.
+        DataError: If the file is damaged, or is ``captions_*.json`` and of no known shape.
     """
-    metadata, own_reading = Metadata(by_name_alone=True), Reading()
+    metadata, own_reading, fault = Metadata(by_name_alone=True), Reading(), ""
     own_reading.begin(file)
     with explain_damage(file), open_text(file) as stream:
         read = _annotation_records if file.endswith(".json") else _annotation_lines
-        for number, name, caption in read(file, stream, own_reading):
-            if fault := _fault_of(name, caption):
-                own_reading.malformed(number, fault)
-            else:
-                metadata.add(name, caption.strip())
-    _take_over(reading, own_reading)
+        try:
+            for number, name, caption in read(file, stream, own_reading):
+                if reason := _fault_of(name, caption):
+                    own_reading.malformed(number, reason)
+                else:
+                    metadata.add(name, caption.strip())
+        except UnknownShapeError as error:
+            if not fnmatch(file.rpartition("/")[2], _KARPATHY):
+                raise DataError(f"{error}; if it holds no captions, give it another name") from None
+            fault = "no images with sentences"
+    if own_reading.examples and not metadata.captions:
+        fault = own_reading.examples[0].reason
+    if fault:
+        leave_out_file(file, f"named like annotations, but no picture has a caption in it ({fault})", reading)
+    else:
+        _take_over(reading, own_reading)
     return metadata
+
+
+def leave_out_file(file: str, reason: str, reading: Reading) -> None:
+    """Count and name a file of metadata or annotations that is not read."""
+    reading.notes["metadata_not_read"] += 1
+    reading.name(0, f"not read: {reason}", file)
 
 
 def _fault_of(name: Any, caption: Any) -> str:

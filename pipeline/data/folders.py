@@ -6,6 +6,7 @@ The captions of a picture are the first of these:
    ImageFolder), in the picture's folder or in one above it, the nearest first; or the annotations of COCO
    (``captions_*.json``), of Flickr8k (``captions.txt``, ``Flickr8k.token.txt``), of Flickr30k (``results.csv``,
    ``results_20130124.token``) or Karpathy's (``dataset_*.json``), anywhere, by the name of the picture alone.
+   Of several metadata files in a folder the first by name is read.
 2. The file next to it with its name and ``.txt``, ``.caption`` or ``.json``.
 3. The words of its file name.
 
@@ -21,7 +22,6 @@ from itertools import accumulate, pairwise
 import pyarrow as pa
 
 from pipeline.data.caption_files import (
-    METADATA,
     PICTURE_SUFFIXES,
     SIDECARS,
     Metadata,
@@ -30,6 +30,7 @@ from pipeline.data.caption_files import (
     has_captions,
     is_annotation,
     is_picture,
+    leave_out_file,
     read_annotations,
     read_metadata,
     sidecar_of,
@@ -108,8 +109,9 @@ def read_folder(
         part: One of ``folder_parts``; None: the whole folder.
         reading: Counts pictures that are left out; its notes count pairs by the source of their caption
             (``captions_from_metadata``, ``_sidecar``, ``_name``), rows of metadata and captions of annotations that
-            are left out (``malformed_metadata``), and metadata names without a picture (``metadata_without_picture``)
-            or, in annotations of a folder of several parts, not compared (``annotations_not_compared``).
+            are left out (``malformed_metadata``), files of both that are not read (``metadata_not_read``), and metadata
+            names without a picture (``metadata_without_picture``) or, in annotations of a folder of several parts, not
+            compared (``annotations_not_compared``).
 
     Yields:
         Tables of ``url`` (``file://``, or the picture's URI in a store), ``caption`` and ``caption_source`` (metadata,
@@ -260,7 +262,10 @@ class _Reader:
             if is_annotation(file):
                 self._annotations.append((file, read_annotations(self._tree.place(file), self._reading_of(file))))
             else:
-                self._metadata[folder] = min(name, self._metadata.get(folder, name), key=METADATA.index)
+                first = self._metadata.setdefault(folder, name)  # the files come in the order of their names
+                if first != name:
+                    reading = self._reading_of(file)
+                    leave_out_file(self._tree.place(file), f"{first} in the same folder is", reading)
 
     def _rows_of(self, folder: str, pages: Iterator[Page], above: list[tuple[str, Metadata]]) -> Iterator[Row]:
         """The rows of the pictures in a folder and below it.

@@ -41,6 +41,10 @@ _NAMED_CHARACTERS = 20
 _SHAPES = 'a list of records, such as [{"url": ..., "caption": ...}]'
 
 
+class UnknownShapeError(DataError):
+    """A file is JSON, but of none of the shapes that hold records."""
+
+
 def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text.
 
@@ -73,7 +77,8 @@ def json_records(stream: IO[bytes], reading: Reading) -> Iterator[Numbered]:
     """The records of a json file of any shape.
 
     Raises:
-        DataError: If the file is damaged, or of none of the shapes.
+        DataError: If the file is damaged.
+        UnknownShapeError: If it is of none of the shapes.
     """
     text, head = _Text(stream), ""
     while _may_be_lines(head) and (block := text.read(_BLOCK_BYTES)):
@@ -323,7 +328,7 @@ def _is_record(line: str) -> bool:
 def _records_of(value: Any) -> list[Record]:
     """The records of an object: COCO's, Karpathy's, one under the name ``data``, or pandas' columns."""
     if not isinstance(value, dict):
-        raise DataError(f"must hold {_SHAPES}")
+        raise UnknownShapeError(f"must hold {_SHAPES}")
     tables = cast("Record", value)
     images, annotations, data = (_records(tables.get(name)) for name in ("images", "annotations", "data"))
     if images and annotations:
@@ -344,7 +349,7 @@ def _records_of(value: Any) -> list[Record]:
     }
     if columns and len(columns) == len(tables) and len({len(column) for column in columns.values()}) == 1:
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    raise DataError(f"must hold {_SHAPES}, or COCO's images and annotations")
+    raise UnknownShapeError(f"must hold {_SHAPES}, or COCO's images and annotations")
 
 
 def _hashable(value: Any) -> Any:

@@ -129,6 +129,8 @@ def _remarks(pairs: PairsConfig, reading: Reading, notes: Counter[str], num_rows
         remarks.append(f"captions: {', '.join(counts)}")
         if unmatched := reading.notes["metadata_without_picture"]:
             remarks.append(f"{unmatched} names in metadata files are no pictures here")
+        if not_read := reading.notes["metadata_not_read"]:
+            remarks.append(f"{not_read} files of metadata or annotations are not read")
     malformed, captions = reading.counts["malformed"], reading.notes["malformed_metadata"]
     counts = [f"{malformed} of {num_rows} rows"] if malformed else []
     counts += [f"{captions} captions in metadata and annotations"] if captions else []

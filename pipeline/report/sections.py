@@ -174,6 +174,7 @@ _ODD_CAPTIONS = {
     "metadata_without_picture": "names in metadata without a picture",
     "annotations_not_compared": "names in annotations not compared with the pictures (the folder is read in parts)",
     "malformed_metadata": "captions in metadata and annotations that could not be read",
+    "metadata_not_read": "files of metadata or annotations that were not read",
 }
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pipeline.data.caption_files import is_picture, sidecar_of
 from pipeline.data.folders import _Waiting, count_pictures, read_folder
 from pipeline.data.reading import MAX_CELL, Reading, name_examples
+from pipeline.errors import DataError
 from pipeline.workspace.digests import fingerprint
 from pipeline.workspace.files import find_files
 
@@ -170,6 +171,67 @@ def test_strange_images_and_sentences_of_annotations_stop_nothing(tmp_path: Path
     rows, reading = _captions(tmp_path)
     assert [caption for _, caption, _ in rows] == ["b one", "b two", "c one"]
     assert reading.notes["malformed_metadata"] == 2
+
+
+_FEATURES = {"image": {"_type": "Image"}, "text": {"dtype": "string", "_type": "Value"}}
+_ABOUT_DATASETS = {
+    "dataset_info.json": {
+        "builder_name": "imagefolder",
+        "features": _FEATURES,
+        "splits": {"train": {"num_examples": 2}},
+    },
+    "dataset_infos.json": {"default": {"features": _FEATURES, "splits": {"train": {"num_examples": 2}}}},
+    "dataset_dict.json": {"splits": ["train", "validation"]},
+}
+
+
+@pytest.mark.parametrize("name", _ABOUT_DATASETS)
+def test_what_hugging_face_says_of_a_dataset_is_no_annotation(name: str, tmp_path: Path) -> None:
+    _pictures(tmp_path, "train/1.png")
+    (tmp_path / "train/metadata.jsonl").write_text('{"file_name": "1.png", "text": "one"}\n')
+    (tmp_path / name).write_text(json.dumps(_ABOUT_DATASETS[name]))
+    captions, reading = _captions(tmp_path)
+    assert captions == [("train/1.png", "one", "metadata")]
+    assert (reading.examples, reading.notes["malformed_metadata"]) == ([], 0)
+
+
+_NO_ANNOTATIONS = {
+    "dataset_stats.json": ('{"mean": [0.5, 0.5], "version": "1"}', "no images with sentences"),
+    "dataset_tags.json": ('[{"image": "1.png"}, {"image": "2.png"}]', "no name of a picture"),
+    "captions_results.json": ('[{"image_id": 1, "caption": "one"}]', "no name of a picture"),
+    "results.csv": ("epoch,loss\n1,0.5\n2,0.4\n", "no name of a picture with a caption"),
+}
+
+
+@pytest.mark.parametrize("name", _NO_ANNOTATIONS)
+def test_a_file_named_like_annotations_that_holds_none_is_named_and_not_read(name: str, tmp_path: Path) -> None:
+    _pictures(tmp_path, "1.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\n1.png,one\n")
+    content, reason = _NO_ANNOTATIONS[name]
+    (tmp_path / name).write_text(content)
+    captions, reading = _captions(tmp_path)
+    assert captions == [("1.png", "one", "metadata")]
+    assert (reading.notes["metadata_not_read"], reading.notes["malformed_metadata"]) == (1, 0)
+    assert name_examples([reading]) == [
+        f"{tmp_path}/{name}: not read: named like annotations, but no picture has a caption in it ({reason})"
+    ]
+
+
+def test_captions_of_no_known_shape_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    _pictures(tmp_path, "1.png")
+    (tmp_path / "captions_train.json").write_text('{"1.png": "one"}')
+    with pytest.raises(DataError, match=r"captions_train\.json: must hold a list .*; if it holds no captions, give it"):
+        _captions(tmp_path)
+
+
+def test_of_two_metadata_files_in_a_folder_the_first_is_read_and_the_other_is_named(tmp_path: Path) -> None:
+    _pictures(tmp_path, "1.png", "2.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\n1.png,one\n")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "2.png", "text": "two"}\n')
+    captions, reading = _captions(tmp_path)
+    assert captions == [("1.png", "one", "metadata"), ("2.png", "2", "name")]
+    assert reading.notes["metadata_not_read"] == 1
+    assert name_examples([reading]) == [f"{tmp_path}/metadata.jsonl: not read: metadata.csv in the same folder is"]
 
 
 def test_a_row_of_metadata_without_a_file_name_is_counted(tmp_path: Path) -> None:
