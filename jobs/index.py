@@ -54,11 +54,14 @@ def append(
         embed = Artifact(str(Path(more).resolve())) if Path(more).is_dir() else _embeddings_of(load_recipe(more, []))
 
     from pipeline.runtime import index
+    from pipeline.runtime.admission import require_room
     from pipeline.runtime.connection import connect
 
     _finished_index(resolved)
     [step] = [step for step in make_plan(resolved) if step.name == "index"]
     with locked_workspace(Workspace(resolved.workspace), print_warning) as lock, connect(address):
+        if not address:
+            require_room(resolved, ["index"])
         _print_summary(index.append(resolved, step, embed, lock.check), json=json)
     return _search_it(recipe, overrides)
 
@@ -71,11 +74,14 @@ def compact(recipe: RecipePath, overrides: Overrides = None, address: RayAddress
     resolved = load_recipe(recipe, overrides or [])
 
     from pipeline.runtime import index
+    from pipeline.runtime.admission import require_room
     from pipeline.runtime.connection import connect
 
     _finished_index(resolved)
     [step] = [step for step in make_plan(resolved) if step.name == "index"]
     with locked_workspace(Workspace(resolved.workspace), print_warning) as lock, connect(address):
+        if not address:
+            require_room(resolved, ["index"])
         _print_summary(index.compact(resolved, step, lock.check), json=json)
     return _search_it(recipe, overrides)
 

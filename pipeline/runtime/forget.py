@@ -2,10 +2,14 @@
 
 from collections.abc import Callable
 
+import ray
+
 from pipeline.forget.forget import finish
 from pipeline.recipe.plan import Step, make_plan
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.runtime import index
+from pipeline.runtime.admission import require_room
+from pipeline.runtime.connection import own_servers
 from pipeline.workspace.forgotten import Pending
 from pipeline.workspace.store import Workspace
 
@@ -20,7 +24,14 @@ def finish_forgetting(
         check: Raises StepError if the lock was lost.
         say: Is told every half minute, in words, how far it is.
         recipe: The recipe that runs; the resources of its index count for that index.
+
+    Raises:
+        StepError: See ``finish``; or if no worker that builds an index can ever start on this machine alone.
     """
+    pending = Pending.read(workspace.root)
+    for key in pending.indexes if pending and ray.is_initialized() and own_servers() else ():
+        if workspace.artifact("index", key).manifest() is not None:
+            require_room(_recipe_of(workspace, key, recipe)[0], ["index"])
 
     def compact_index(key: str) -> None:
         index.compact(*_recipe_of(workspace, key, recipe), check)

@@ -15,6 +15,7 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.retrieve.query_list import num_parts, write_queries
 from pipeline.retrieve.retriever import Retriever
 from pipeline.retrieve.search import STEPS, SearchOptions
+from pipeline.runtime.admission import require_room
 from pipeline.runtime.connection import connect, own_servers, require_alive
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.head import watched_head
@@ -80,8 +81,8 @@ def search_many(
     Raises:
         ConfigError: If the index is not built yet, the filter is wrong, or ``out`` holds answers of another search.
         DataError: If the queries cannot be read, or a file of the index is damaged.
-        StepError: If a worker was lost too often, the folder cannot be written, another run writes to it, or the index
-            was changed so often meanwhile that its version is gone.
+        StepError: If a worker was lost too often, or can never start on this machine alone, the folder cannot be
+            written, another run writes to it, or the index was changed so often meanwhile that its version is gone.
     """
     artifacts = finished_artifacts(recipe, STEPS)
     if not Path(queries).is_file():
@@ -110,6 +111,8 @@ def search_many(
                 write_queries(Path(queries), path)
             output.write_json(SEARCH, {"section": section, "inputs": inputs, "step_version": _VERSION})
         with connect(address), watched_head(address, observer.warned):
+            if not address:
+                require_room(recipe, ["embed"])  # whose resources the workers take
             counts = _answer(context, observer)
         manifest = manifest_of(step, output, counts, wall_s=Progress(output, waits=True).wall_s)
         held.check()

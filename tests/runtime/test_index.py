@@ -17,6 +17,7 @@ from pipeline.retrieve.build import build_index
 from pipeline.retrieve.changes import delete
 from pipeline.runtime import index as runtime_index
 from pipeline.runtime.context import StepContext
+from pipeline.workspace.forgotten import Pending
 from pipeline.workspace.manifest import Manifest
 from pipeline.workspace.store import Artifact, Workspace
 from tests.retrieve.conftest import unit
@@ -111,6 +112,26 @@ def test_the_commands_append_delete_restore_and_compact(tmp_path: Path) -> None:
     assert [row.caption for row in opened.find(vectors[[39]], 1)[0]] == ["caption 39"]
     assert make_uid("http://a/9", "caption 9") not in {row.uid for row in opened.find(vectors[[9]], 37)[0]}
     assert not [name for name in context.output.names() if name.startswith("segment_00002/")]
+
+
+def test_changes_for_which_this_machine_is_too_small_are_refused_before_they_begin(tmp_path: Path) -> None:
+    vectors = unit(np.random.default_rng(0).normal(size=(40, 4)))
+    large = {"resources": {"cpus_per_worker": 64.0}}
+    recipe, context = _context(tmp_path / "workspace", **large)
+    path = tmp_path / "recipe.toml"
+    path.write_bytes(tomli_w.dumps(tiny_tables(tmp_path / "workspace", index=_INDEX | large)).encode())
+    _embed(context.inputs["embed"], vectors[:30])
+    build_index(context.inputs["embed"], context.output, recipe.index, seed=0)
+    context.output.commit(manifest_of(context.step, context.output))
+    more = _embed(Workspace(recipe.workspace).artifact("embed", "more"), vectors[30:], first=30)
+    forget = ("forget", "http://a/9", "--recipe", str(path), "--delete", "--compact")
+    for words in (("append", str(path), more.uri), ("compact", str(path)), forget):
+        refused = unclip_here(*words)
+        assert refused.returncode == 4, words
+        assert "index needs 1 x 64 CPU: this machine has " in refused.stderr, words
+    pending = Pending.read(recipe.workspace)
+    assert pending is not None
+    assert not pending.has_begun
 
 
 def test_a_gpu_that_faiss_does_not_see_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,12 @@ from typing import Any, cast
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 
 from pipeline.errors import ConfigError, StepError
 from pipeline.recipe.plan import finished_artifacts
-from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.recipe import Recipe, load_recipe
 from pipeline.retrieve.changes import delete, restore
 from pipeline.retrieve.query_list import num_parts
 from pipeline.retrieve.search import STEPS, Query, Searcher, SearchOptions
@@ -153,11 +154,32 @@ def _answer_here(context: StepContext, _: object) -> dict[str, int]:
     return total_counts([worker(f"{number:05d}") for number in range(num_parts(context.output.path(search.QUERIES)))])
 
 
+def _without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "connect", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}, "Labels": {}}])
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+
+
+def test_a_search_for_whose_workers_this_machine_is_too_small_is_refused(
+    folder: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _without_ray(monkeypatch)
+    monkeypatch.setattr(search, "_answer", lambda *_: {"in": 0, "ok": 0})  # where Ray would wait without end
+    large = load_recipe(folder / "tiny.toml", ["embed.resources.cpus_per_worker=64"])
+    assert large.workspace == recipe.workspace
+    with pytest.raises(
+        StepError, match=r"embed needs 1 x 64 CPU: .* Change embed\.resources\.cpus_per_worker, or run on"
+    ):
+        search.search_many(
+            large, str(folder / "queries.txt"), SearchOptions(), cast("Any", _Nobody()), out=str(tmp_path / "out")
+        )
+
+
 def test_a_search_after_a_change_of_the_index_is_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, queries = served_workspace(tmp_path), tmp_path / "queries.txt"
     queries.write_text("a red picture")
     index = finished_artifacts(recipe, STEPS)["index"]
-    monkeypatch.setattr(search, "connect", lambda _: contextlib.nullcontext())
+    _without_ray(monkeypatch)
     monkeypatch.setattr(search, "_answer", _answer_here)
 
     def urls(out: Path | str = "") -> tuple[set[str], str]:
@@ -195,7 +217,7 @@ def test_a_search_whose_version_of_the_index_is_gone_says_so(tmp_path: Path, mon
             delete(index, [f"http://127.0.0.1:1/{colour}.jpg"])
         return _answer_here(context, observer)
 
-    monkeypatch.setattr(search, "connect", lambda _: contextlib.nullcontext())
+    _without_ray(monkeypatch)
     monkeypatch.setattr(search, "_answer", answer_after_changes)
     with pytest.raises(StepError, match="version 1 is gone: the index has version 3 by now"):
         search.search_many(recipe, str(queries), SearchOptions(), cast("Any", _Nobody()))
