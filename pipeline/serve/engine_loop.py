@@ -23,7 +23,7 @@ from models.stage import PIXELS, Z_IMAGE, Batch, JoinedChains, enter_each
 from pipeline.serve.cost import cost_of
 from pipeline.serve.fair_queue import FairQueue
 from pipeline.serve.in_progress import Pending, Picture, show_preview
-from pipeline.serve.memory import DeviceMemory, MemoryLimits
+from pipeline.serve.memory import READ_EVERY_S, DeviceMemory, MemoryLimits
 from pipeline.serve.metrics import EngineMetrics
 from pipeline.serve.protocols import DeadlinePassed, NotServing, SampledPictures
 from pipeline.serve.schedule import Schedule
@@ -113,6 +113,8 @@ class EngineLoop:
         """Running mean of the time between two pictures that end here, while there is work."""
         self._since_s = 0.0
         """When the last picture ended, or the first one came after a pause."""
+        self._looked_s = 0.0
+        """When it was looked for the room of one picture, or the first one came after a pause."""
         self._changed = threading.Condition()
         self._closed = False
         self._metrics.begin(self)
@@ -168,7 +170,7 @@ class EngineLoop:
                 with self._changed:
                     while not (self._closed or len(self._waiting) or self._active):
                         self._changed.wait()
-                        self._since_s = time.monotonic()
+                        self._since_s = self._looked_s = time.monotonic()
                     if self._closed:
                         return
                     self._drop()
@@ -186,6 +188,14 @@ class EngineLoop:
                             pictures = self._limits.fitting(self._number(pictures[0]), pictures)
                         with self._computing():
                             self._advance(pictures)
+                    self._make_room()
+
+    def _make_room(self) -> None:
+        """Look whether one picture has room for its next step: when nobody waits, and else a few times a second."""
+        now_s = time.monotonic()
+        if self._limits and (not self._active or now_s - self._looked_s > READ_EVERY_S):
+            self._looked_s = now_s
+            self._limits.make_room()
 
     def _take_waiting(self) -> list[tuple[Pending, int]]:
         """The next requests, each with the number of pictures for which there is room; call with the lock held."""

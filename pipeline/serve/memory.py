@@ -38,7 +38,7 @@ _STEPS = 2
 _GUIDED = 2.0
 _USABLE = 0.9
 """Share of the free memory that is used: the allocator cannot fill every gap."""
-_READ_EVERY_S = 0.1
+READ_EVERY_S = 0.1
 _KERNELS = 1.25
 """What a process takes of a CPU's memory, in what torch allocates: kernels allocate something by themselves, at the
 demo's sizes up to a fifth more."""
@@ -190,7 +190,7 @@ class HostMemory:
     def free_bytes(self) -> int:
         """See ``DeviceMemory``; read a few times a second, since steps of small networks take no longer than that."""
         now = time.monotonic()
-        if now - self._read_at > _READ_EVERY_S:
+        if now - self._read_at > READ_EVERY_S:
             left = self._most_bytes - own_memory_bytes()
             self._free_bytes, self._read_at = int(max(0, min(free_memory_bytes(), left))), now
         return self._free_bytes
@@ -202,7 +202,7 @@ class HostMemory:
         of another size, or of another thread, do not fit.
         """
         now = time.monotonic()
-        if now - self._made_at > _READ_EVERY_S:
+        if now - self._made_at > READ_EVERY_S:
             return_freed_memory()
             self._made_at, self._read_at = now, float("-inf")
 
@@ -263,8 +263,14 @@ class MemoryLimits:
         self._free_bytes()
 
     def fitting(self, number: int, pictures: Sequence[Picture]) -> list[Picture]:
-        """Those of ``pictures`` that may take a step together now, at least one: the nearest to their end."""
+        """Those of ``pictures`` that may take a step together now, at least one: the nearest to their end.
+
+        One alone with as many candidates as usual takes its step in any case, so what is free is not read before it:
+        somebody waits. ``make_room`` looks after its room.
+        """
         stage, line = self._stages[number], self._line(number)
+        if len(pictures) == 1 and _weight(stage, pictures[0].pending.request) <= 1:
+            return list(pictures)
         needed = line.fixed + line.each * sum(_weight(stage, picture.pending.request) for picture in pictures)
         most = line.most(self._room_for(needed))
         fitting, taken = list[Picture](), 0.0
@@ -274,6 +280,10 @@ class MemoryLimits:
                 break
             fitting.append(picture)
         return fitting
+
+    def make_room(self) -> None:
+        """Give up what steps have left behind if a step of one picture, of any stage, would not fit beside it."""
+        self._room_for(max((line.fixed + line.each for _, line in self._measured), default=0.0))
 
     def admits(self, entering: Sequence[SampleRequest], active: Sequence[SampleRequest]) -> bool:
         """Whether pictures may begin beside those in progress, so that one of any stage can still take a step.
@@ -299,8 +309,10 @@ class MemoryLimits:
         Raises:
             ValueError: If the request asks for more candidates than there was ever memory for.
         """
-        self._free_bytes()
-        for stage, line in self._measured:
+        larger = [(stage, line) for stage, line in self._measured if _weight(stage, request) > 1]
+        if larger:  # else it cannot be refused, and whoever asks is kept from the networks' next answer
+            self._free_bytes()
+        for stage, line in larger:
             most = max(1.0, line.most(self._most_free))
             if _weight(stage, request) > most:
                 count = int(most * getattr(stage, "num_candidates", 1))

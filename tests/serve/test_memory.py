@@ -47,6 +47,7 @@ class Device:
         self.held = 0
         """Rows for which it has room once it gives up what it keeps for later steps."""
         self.peak = 0
+        self.num_readings = 0
         self.rows: dict[str, int] = {}
         """Most rows of a call, by the class of the network."""
 
@@ -57,6 +58,7 @@ class Device:
         return nullcontext()
 
     def free_bytes(self) -> int:
+        self.num_readings += 1
         return math.ceil((_FIXED + self.room * _EACH) / 0.9)
 
     def make_room(self) -> None:
@@ -207,6 +209,32 @@ def test_more_candidates_than_there_is_memory_for_are_refused_before_they_wait(
         engine.submit(SampleRequest("a", (0,), num_candidates=7))
     assert engine.submit(SampleRequest("a", (0,), num_candidates=6)).result(60).images.shape == (1, 32, 32, 3)
     assert engine.counts()["requests"] == 1
+
+
+def test_memory_is_read_only_for_requests_that_may_be_refused(
+    cascade: Cascade, use: Callable[[Device], Device]
+) -> None:
+    use(device := Device(40))
+    limits = MemoryLimits(cascade, ServedStages(cascade, None, "cpu"), device, "cpu")
+    device.num_readings = 0
+    for num_candidates in (0, 1, 2):
+        limits.require_room(SampleRequest("a", (0,), num_candidates=num_candidates))
+    assert device.num_readings == 0
+    limits.require_room(SampleRequest("a", (0,), num_candidates=3))
+    assert device.num_readings == 1
+
+
+def test_a_picture_alone_waits_for_no_reading_and_the_next_one_finds_room(
+    cascade: Cascade, make_engine: Callable[..., Engine], use: Callable[[Device], Device]
+) -> None:
+    engine, readings = make_engine(memory=(device := use(Device(40)))), list[int]()
+    prior: Any = cascade.stages[0]
+    hook = prior.network.register_forward_pre_hook(lambda *_: readings.append(device.num_readings))
+    device.num_readings, device.room, device.held = 0, 2, 36  # one picture has no room as it is measured, with guidance
+    engine.submit(SampleRequest("a", (0,), guidance_scale={"prior": 1.0})).result(60)
+    hook.remove()
+    assert readings[0] == 0
+    wait_until(lambda: not device.held)
 
 
 def test_what_was_loaded_beside_other_networks_takes_as_many_candidates_as_alone_once_they_are_gone(
