@@ -47,14 +47,15 @@ class Traces:
     """
 
     def __init__(self, endpoint: str, service: str, spans: Counter | None = None) -> None:
-        if not urlsplit(endpoint).path.strip("/"):
-            endpoint = endpoint.rstrip("/") + _PATH
+        place = urlsplit(endpoint)
+        if not place.path.strip("/"):
+            endpoint = place._replace(path=_PATH).geturl()
         # It logs every try; the exporter below says once when the collector fails, and once when it is back.
         logging.getLogger("opentelemetry.exporter.otlp.proto.http").setLevel(logging.CRITICAL)
         self.spans = span_counter() if spans is None else spans
         exporter = _CountingExporter(OTLPSpanExporter(endpoint), endpoint, self.spans)
-        place = {"service.name": service, "service.instance.id": f"{socket.gethostname()}:{os.getpid()}"}
-        self._provider = TracerProvider(resource=Resource.create(place), shutdown_on_exit=False)
+        instance = {"service.name": service, "service.instance.id": f"{socket.gethostname()}:{os.getpid()}"}
+        self._provider = TracerProvider(resource=Resource.create(instance), shutdown_on_exit=False)
         self._provider.add_span_processor(_BoundedProcessor(exporter))
         self._tracer = self._provider.get_tracer("unclip")
 
@@ -132,16 +133,21 @@ class _CountingExporter(SpanExporter):
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
         """Send a batch."""
-        result = self._exporter.export(spans)
+        result = SpanExportResult.FAILURE
+        try:
+            result = self._exporter.export(spans)
+        finally:  # the processor goes on after an error, too
+            self._note(len(spans), is_sent=result is SpanExportResult.SUCCESS)
+        return result
+
+    def _note(self, count: int, *, is_sent: bool) -> None:
         with self._lock:
-            self._num_waiting -= len(spans)
-        is_sent = result is SpanExportResult.SUCCESS
-        self._counter.labels("sent" if is_sent else "lost").inc(len(spans))
+            self._num_waiting -= count
+        self._counter.labels("sent" if is_sent else "lost").inc(count)
         if is_sent == self._fails:
             self._fails = not is_sent
             state = "takes spans again" if is_sent else "takes no spans; they are lost until it does"
             _log.warning("serve.traces: %s %s", self._endpoint, state)
-        return result
 
     def shutdown(self) -> None:
         """Give up a batch that cannot be sent now."""

@@ -19,7 +19,7 @@ from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.engine import Engine
 from pipeline.serve.guards import Guards
 from pipeline.serve.local_neighbours import LocalNeighbours
-from pipeline.serve.metrics import EngineMetrics
+from pipeline.serve.metrics import EngineMetrics, span_counter
 from pipeline.serve.traces import open_traces
 from tests.ports import free_port
 from tests.serve.conftest import Server
@@ -176,6 +176,45 @@ def test_a_collector_that_is_back_is_said_once(
         "serve.traces: URL takes no spans; they are lost until it does",
         "serve.traces: URL takes spans again",
     ]
+
+
+def test_a_batch_whose_sending_raises_is_lost_and_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Any) -> Any:
+        raise RuntimeError("broken")
+
+    inner = otlp.OTLPSpanExporter("http://127.0.0.1:1")
+    monkeypatch.setattr(inner, "export", fail)
+    spans: Any = [object(), object()]
+    exporter = otlp._CountingExporter(inner, "URL", counter := span_counter())
+    monkeypatch.setattr(otlp, "_MOST_WAITING", 2)
+    for _ in range(3):
+        assert [exporter.takes_one() for _ in spans] == [True, True]
+        with pytest.raises(RuntimeError, match="broken"):
+            exporter.export(spans)
+    assert counter.labels("lost")._value.get() == 6
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "whole"),
+    [
+        ("http://a:4318", "http://a:4318/v1/traces"),
+        ("http://a:4318/?x=1", "http://a:4318/v1/traces?x=1"),
+        ("http://a?x=1", "http://a/v1/traces?x=1"),
+        ("http://a/mine", "http://a/mine"),
+    ],
+)
+def test_a_collector_without_a_path_is_asked_at_that_of_traces(
+    endpoint: str, whole: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, exporter = list[str](), otlp.OTLPSpanExporter
+
+    def noted(place: str) -> Any:
+        asked.append(place)
+        return exporter(place)
+
+    monkeypatch.setattr(otlp, "OTLPSpanExporter", noted)
+    otlp.Traces(endpoint, "").close()
+    assert asked == [whole]
 
 
 def test_missing_packages_and_urls_that_are_none_are_errors_for_people(monkeypatch: pytest.MonkeyPatch) -> None:
