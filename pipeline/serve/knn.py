@@ -107,6 +107,10 @@ def _refuse(body: KnnRequest, name: str, num_queries: int, *, fetches_urls: bool
     if body.use_mclip:
         message = "use_mclip: this server has one CLIP, which made the index; search without it"
         raise ApiError(400, message, param="use_mclip", code="unsupported")
+    if body.aesthetic_choice:
+        field, sent = body.aesthetic_choice, getattr(body, body.aesthetic_choice)
+        message = f"{field} = {sent:g}: this server adds no aesthetic score to a search; search without it"
+        raise ApiError(400, message, param=field, code="unsupported")
     if not name:
         raise ApiError(400, "give one of text, image, embedding_input", code="missing_parameter")
     if name == "image_url" and not fetches_urls:

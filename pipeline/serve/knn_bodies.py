@@ -16,6 +16,10 @@ MAX_QUERIES = 32
 SAFETY = ("use_safety_model", "use_violence_detector")
 """Fields of clip-retrieval's client that ask for safe rows alone; which those are says the recipe (serve.safe_rows)."""
 
+_AESTHETIC = {"aesthetic_score": 9, "aesthetic_weight": 0.5}
+"""What the client sends by default."""
+_UNSET = (None, "")
+
 
 def _require_numbers(value: Any) -> Any:
     """Refuse a list at its first wrong item: pydantic would make a kilobyte of message for each of a million."""
@@ -61,7 +65,7 @@ _Pictures = Annotated[str | list[str], PlainValidator(_check_texts)]
 class KnnRequest(BaseModel):
     """The body of a request; a list of texts, pictures or embeddings is as many searches, and a list of answers.
 
-    Of clip-retrieval's fields, ``aesthetic_score`` and ``aesthetic_weight`` have no effect: they add to the query what
+    Of clip-retrieval's fields, ``aesthetic_score`` and ``aesthetic_weight`` cannot be done: they add to the query what
     an aesthetic picture has in one particular CLIP.
     """
 
@@ -92,12 +96,27 @@ class KnnRequest(BaseModel):
     def unused(self, *, has_filter: bool) -> list[str]:
         """Fields that were sent and had no effect. The client sends them by default, so they are not refused.
 
+        Aesthetic fields that are not the client's are refused before that (``aesthetic_choice``).
+
         Args:
             has_filter: Whether the recipe says which rows are safe.
         """
         safety = [name for name in SAFETY if getattr(self, name) and not has_filter]
-        aesthetic = ["aesthetic_score", "aesthetic_weight"] if self.aesthetic_score not in {None, ""} else []
-        return safety + [name for name in aesthetic if getattr(self, name) not in {None, ""}]
+        aesthetic = [name for name in _AESTHETIC if getattr(self, name) not in _UNSET] if self._is_aesthetic else []
+        return safety + aesthetic
+
+    @property
+    def aesthetic_choice(self) -> str:
+        """The aesthetic field that somebody chose, for it is not what the client sends by default; empty: neither."""
+        if not self._is_aesthetic:
+            return ""
+        chosen = (name for name, usual in _AESTHETIC.items() if getattr(self, name) not in {*_UNSET, usual})
+        return next(chosen, "")
+
+    @property
+    def _is_aesthetic(self) -> bool:
+        """Whether anything is to be added to the query."""
+        return self.aesthetic_score not in _UNSET and self.aesthetic_weight != 0
 
     @property
     def query(self) -> tuple[str, list[Any], bool]:

@@ -94,6 +94,14 @@ def test_by_default_the_client_finds_only_rows_that_the_recipe_calls_safe(
     assert "a red picture" not in {result["caption"] for result in answers[0]}
 
 
+def test_the_client_is_refused_other_aesthetic_numbers_than_its_own(clip_client: Any, server: Any) -> None:
+    url = f"{server.url}/knn-service"
+    assert isinstance(clip_client.ClipClient(url, "tiny").query(text="a red picture"), list)
+    for field, number in (("aesthetic_score", 5), ("aesthetic_weight", 0.9)):
+        answer = clip_client.ClipClient(url, "tiny", **{field: number}).query(text="a red picture")
+        assert answer["error"]["param"] == field
+
+
 def test_an_address_of_a_picture_is_refused_in_words(client: Any) -> None:
     answer = client.query(image="http://169.254.169.254/latest/meta-data")
     assert "fetches no URLs" in answer["error"]["message"]

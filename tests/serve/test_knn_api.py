@@ -304,6 +304,30 @@ def test_filters_that_have_no_effect_are_named_in_a_header(server: Any) -> None:
     assert "X-Unclip-Notes" not in plain.headers
 
 
+@pytest.mark.parametrize(
+    ("score", "weight", "field"),
+    [
+        (9, 0.5, None),
+        (9, None, None),
+        (None, 0.7, None),
+        ("", 0.7, None),
+        (3, 0, None),
+        (3, 0.5, "aesthetic_score"),
+        (3, "", "aesthetic_score"),
+        (9, 0.7, "aesthetic_weight"),
+        (3, 0.7, "aesthetic_score"),
+    ],
+)
+def test_aesthetic_numbers_that_somebody_chose_are_refused_by_name(
+    server: Any, score: Any, weight: Any, field: str | None
+) -> None:
+    answer = post(server, text="a", aesthetic_score=score, aesthetic_weight=weight)
+    assert answer.status_code == (400 if field else 200)
+    if field:
+        assert (answer.json()["error"]["param"], answer.json()["error"]["code"]) == (field, "unsupported")
+        assert f"{field} = " in answer.json()["error"]["message"]
+
+
 def test_a_search_for_safe_rows_finds_those_that_the_recipe_says_are_safe(
     server: Any, neighbours: Any, serving: Any
 ) -> None:
