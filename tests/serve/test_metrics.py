@@ -17,6 +17,7 @@ from models.request import SampleRequest
 from pipeline.recipe.picture_card import ModelCard
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.engine import Engine
+from pipeline.serve.gate import Gate
 from pipeline.serve.guards import Guards
 from pipeline.serve.metrics import EngineMetrics, HttpMetrics
 from pipeline.serve.protocols import Overloaded, TooLittleTime
@@ -150,6 +151,26 @@ def test_answers_and_refusals_are_counted_by_route_and_cause() -> None:
     causes = {key[1]: value for key, value in numbers.items() if key[0] == "unclip_refusals_total"}
     assert causes == {"queue": 1, "invalid": 1, "host": 1, "unknown": 1}
     assert ("unclip_pictures_total", "r1") in numbers
+
+
+def test_probes_are_no_unknown_routes() -> None:
+    metrics, gate, model = HttpMetrics(), Gate(), Model()
+    client = TestClient(Guards(gate, metrics=metrics), base_url="http://127.0.0.1")
+    for path in ("/livez", "/readyz", "/nowhere"):
+        client.get(path)
+    gate.open(create_app(model, None, ApiSettings(ModelCard("tiny", 32), metrics=metrics)))  # pyright: ignore[reportArgumentType]
+    for path in ("/livez", "/readyz", "/nowhere"):
+        client.get(path)
+    counts = {
+        key[1:]: value for key, value in values(metrics.own_text()).items() if key[0] == "unclip_http_seconds_count"
+    }
+    assert counts == {
+        ("/livez", "200"): 2,
+        ("/readyz", "503"): 1,
+        ("/readyz", "200"): 1,
+        ("other", "503"): 1,
+        ("other", "404"): 1,
+    }
 
 
 def test_the_dashboard_shows_only_what_is_measured_and_all_of_it() -> None:
