@@ -16,12 +16,16 @@ import httpx
 import numpy as np
 import psutil
 import pytest
+import ray
 import torch
 
+from models.request import SampleRequest
 from pipeline.networks.cascade import load_cascade
 from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import CASCADE_STEPS
+from pipeline.runtime.parts import digest_of, write_tables
+from pipeline.runtime.replicas import Hop, ModelReplica
 from tests.faults.test_kill_serving import Server, named_steps, started
 from tests.serve.test_metrics import values
 from tests.tiny.shards import pixels
@@ -85,6 +89,35 @@ def test_pictures_and_their_neighbours_come_from_five_deployments(chain: Chain) 
     while not all(f'unclip_replicas{{part="{part}"}} 1.0' in chain.server.metrics() for part in _PARTS):
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_what_is_left_of_a_large_request_goes_through_the_object_store(tmp_path: Path) -> None:
+    """Over a real Ray: two parts in processes of their own, without Ray Serve, so that the way between them is seen."""
+
+    class Part(ModelReplica):
+        async def _announce(self, served: str) -> str:  # to Ray Serve's router
+            return served
+
+    recipe = served_workspace(tmp_path)
+    artifacts = finished_artifacts(recipe, CASCADE_STEPS)
+    tables, actor = write_tables(recipe, artifacts), ray.remote(num_cpus=0)(Part)
+    first, last = actor.remote(), actor.remote()
+    steps = {"prior": ["clip", "prior", "decoder", "upsampler_1"], "upsampler_2": ["upsampler_2"]}
+    ray.get(
+        [
+            replica.reconfigure.remote({**tables, "part": part, "steps": steps[part]})
+            for replica, part in ((first, "prior"), (last, "upsampler_2"))
+        ]
+    )
+    for count, kind in ((1, bytes), (24, ray.ObjectRef)):  # 24 pictures of 16 px take 74 KB
+        request = SampleRequest("a red circle", tuple(range(count)))
+        hop = ray.get(first.sample.remote(digest_of(tables), request))
+        assert isinstance(hop, Hop)
+        assert isinstance(hop.work, kind)
+        images = ray.get(last.sample.remote(digest_of(tables), request, "", hop)).images
+        expected = load_cascade(artifacts).sample(["a red circle"] * count, list(request.seeds)).images.numpy()
+        assert np.abs(images.astype(int) - expected).mean() < 0.1
 
 
 def test_a_request_whose_time_ends_in_the_middle_of_the_chain_leaves_at_the_next_step(chain: Chain) -> None:
