@@ -41,5 +41,6 @@ def page(browser: Browser, server: Any, request: Any) -> Iterator[Page]:
         yield page
         if SCREENSHOTS:
             name = f"{request.node.originalname}-{width}.png"
-            page.screenshot(path=Path(SCREENSHOTS) / name, full_page=True)
+            is_open = page.locator("dialog[open]").count() > 0  # a dialog fills the window, not the page
+            page.screenshot(path=Path(SCREENSHOTS) / name, full_page=not is_open)
         assert not errors

@@ -5,13 +5,24 @@ import time
 from pathlib import Path
 from typing import Any
 
-from playwright.sync_api import Browser, Page, Route, expect
+from playwright.sync_api import Browser, Page, expect
 
 from pipeline.recipe.picture_card import ModelCard
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.guards import Guards
 from pipeline.serve.keys import KeyRing, add_key
-from tests.serve.page.visit import PROMPT, both_widths, button, drop, finished, generate, needs_browser, side_px
+from tests.serve.page.visit import (
+    PROMPT,
+    both_widths,
+    button,
+    drop,
+    finished,
+    generate,
+    history,
+    needs_browser,
+    refuse,
+    side_px,
+)
 from tests.tiny.shards import plain_picture
 
 pytestmark = needs_browser
@@ -96,22 +107,56 @@ def test_the_state_of_the_server_closes_without_cancelling_and_the_title_has_the
 
 
 def test_a_server_that_is_not_ready_is_asked_again(browser: Browser, server: Any) -> None:
-    answers = [("1", 503), ("1", 429)]
-
-    def refuse(route: Route) -> None:
-        if not answers:
-            return route.fallback()
-        seconds, status = answers.pop()
-        return route.fulfill(status=status, headers={"Retry-After": seconds}, json={"error": {"message": "not now"}})
-
     with browser.new_context() as context:
         page = context.new_page()
         page.goto(server.url)
-        page.route("**/v1/images/generations", refuse)
+        refuse(page, "/v1/images/generations", [("1", 503), ("1", 429)])
         generate(page)
         expect(page.get_by_role("status").first).to_have_text("Too many requests are waiting; trying again in 1 s.")
         expect(page.get_by_role("status").first).to_have_text("The server is not ready; trying again in 1 s.")
         expect(finished(page)).to_have_count(1)
+
+
+def test_a_seed_may_begin_with_zeros_and_be_as_long_as_the_api_takes(page: Page) -> None:
+    for typed, seed in (("007", "7"), ("9223372036854775797", "9223372036854775797")):
+        page.get_by_label("Seed", exact=True).fill(typed)
+        generate(page, steps=2)
+        expect(button(page, f"Open picture 1, seed {seed}")).to_be_visible()
+
+
+def test_a_browser_that_refuses_site_data_makes_pictures(browser: Browser, server: Any) -> None:
+    with browser.new_context() as context:
+        for area in ("localStorage", "sessionStorage", "indexedDB"):
+            context.add_init_script(
+                f"""Object.defineProperty(window, "{area}", {{ get() {{ throw new DOMException("no", "SecurityError"); }} }})"""
+            )
+        page = context.new_page()
+        page.goto(server.url)
+        button(page, "Theme: system").click()
+        expect(button(page, "Theme: light")).to_be_visible()
+        generate(page, steps=2)
+        expect(finished(page)).to_have_count(1)
+        expect(page.get_by_text("This browser stores nothing")).to_be_visible()
+
+
+def test_a_browser_without_room_says_which_pictures_it_does_not_keep(page: Page) -> None:
+    generate(page, steps=2)
+    expect(history(page, PROMPT)).to_have_count(1)
+    page.evaluate(  # what Chromium does without room: the transaction is aborted after the request's success
+        """() => {
+          const add = IDBObjectStore.prototype.add;
+          IDBObjectStore.prototype.add = function (value) {
+            const request = add.call(this, value);
+            request.addEventListener("success", () => this.transaction.abort());
+            return request;
+          };
+        }"""
+    )
+    generate(page, steps=2)
+    expect(history(page, PROMPT)).to_have_count(2)
+    expect(page.get_by_text("This browser keeps no more pictures")).to_be_visible()
+    page.reload()
+    expect(history(page, PROMPT)).to_have_count(1)
 
 
 def test_a_locked_seed_stays_and_another_one_changes(page: Page) -> None:
@@ -195,7 +240,7 @@ def test_a_server_with_keys_asks_for_one_once(browser: Browser, server: Any, ser
         expect(button(page, "Search")).to_have_count(0)  # this server has no index
         generate(page)
         for key in ("another", secret):
-            page.get_by_label("API key").fill(key)
+            page.get_by_label("API key").fill(f" {key}\u200b")  # as it may come from a chat
             button(page, "Continue").click()
             if key != secret:
                 expect(page.get_by_text("The server refused this key.")).to_be_visible()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from tests.serve.page.visit import PROMPT, both_widths, drop, finished, generate, needs_browser
+from tests.serve.page.visit import PROMPT, both_widths, drop, finished, generate, history, needs_browser
 from tests.tiny.shards import plain_picture
 
 pytestmark = needs_browser
@@ -125,6 +125,39 @@ def test_frames_are_previewed_and_can_be_cancelled(page: Page, server: Any, monk
     while server.engine.counts()["dropped"] == before:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@both_widths
+def test_delete_removes_the_picture_that_is_shown_also_when_another_one_came(page: Page) -> None:
+    generate(page, count=2, steps=2)
+    expect(finished(page)).to_have_count(2)
+    history(page, PROMPT).first.click()
+    viewer = page.get_by_role("dialog")
+    viewer.get_by_role("tab", name="Change by text", exact=True).click()
+    viewer.get_by_label("To", exact=True).fill("a blue star")
+    viewer.get_by_label("Frames", exact=True).fill("2")
+    viewer.get_by_role("button", name="Change by text", exact=True).click()
+    viewer.get_by_role("button", name="Keep this frame").click()
+    expect(history(page, "Towards a blue star")).to_have_count(1)
+    viewer.get_by_role("button", name="Delete").click()
+    expect(history(page, "Towards a blue star")).to_have_count(1)
+    expect(history(page, PROMPT)).to_have_count(1)
+    seed = viewer.get_by_title("Copy the seed")
+    seed.click()
+    expect(viewer.get_by_text(f"Copied {seed.inner_text()}.")).to_be_visible()
+
+
+def test_ctrl_and_enter_in_a_tool_press_its_own_button(page: Page) -> None:
+    viewer = open_with(page, "Repaint")
+    requests: list[str] = []
+    page.on("request", lambda request: requests.append(request.url))
+    viewer.get_by_label("Whole picture afterwards").fill("a blue star")
+    page.keyboard.press("Control+Enter")
+    expect(viewer).to_contain_text("Nothing is painted over yet.")
+    viewer.get_by_role("button", name="Download").focus()
+    page.keyboard.press("Control+Enter")
+    expect(viewer).to_be_visible()
+    assert not [url for url in requests if url.endswith("/v1/images/generations")]
 
 
 def test_two_pictures_are_blended(page: Page) -> None:

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from PIL import Image, PngImagePlugin
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Locator, Page, Route, expect
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [
@@ -56,6 +56,36 @@ def png(texts: dict[str, str]) -> bytes:
         chunks.add_itxt(name, text, zip=True)
     Image.new("RGB", (32, 32), "navy").save(stream, "PNG", pnginfo=chunks)
     return stream.getvalue()
+
+
+def paste(place: Locator, data: bytes, *, text: str = "") -> None:
+    """Paste a picture, and with ``text`` that text beside it, as the clipboards of office programs hold both."""
+    place.evaluate(
+        """(element, [bytes, text]) => {
+          const clipboardData = new DataTransfer();
+          clipboardData.items.add(new File([new Uint8Array(bytes)], "image.png", { type: "image/png" }));
+          if (text) clipboardData.setData("text/plain", text);
+          element.dispatchEvent(new ClipboardEvent("paste", { clipboardData, bubbles: true, cancelable: true }));
+        }""",
+        [list(data), text],
+    )
+
+
+def history(page: Page, name: str) -> Locator:
+    """Pictures of the history by name, also behind an open dialog."""
+    return page.locator("#thumbs").get_by_role("button", name=name, include_hidden=True)
+
+
+def refuse(page: Page, path: str, answers: list[tuple[str, int]]) -> None:
+    """Answer a path with each (``Retry-After``, status), the last one first, and then let the server answer."""
+
+    def answer(route: Route) -> None:
+        if not answers:
+            return route.fallback()
+        seconds, status = answers.pop()
+        return route.fulfill(status=status, headers={"Retry-After": seconds}, json={"error": {"message": "not now"}})
+
+    page.route("**" + path, answer)
 
 
 def drop(page: Page, name: str, data: bytes) -> None:
