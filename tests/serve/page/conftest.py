@@ -41,6 +41,8 @@ def page(browser: Browser, server: Any, request: Any) -> Iterator[Page]:
         yield page
         if SCREENSHOTS:
             name = f"{request.node.originalname}-{width}.png"
-            is_open = page.locator("dialog[open]").count() > 0  # a dialog fills the window, not the page
-            page.screenshot(path=Path(SCREENSHOTS) / name, full_page=not is_open)
+            if not page.locator("dialog[open]").count():  # a dialog fills the window as it is
+                page_px = page.evaluate("document.documentElement.scrollHeight")
+                page.set_viewport_size({"width": width, "height": max(height, page_px)})
+            page.screenshot(path=Path(SCREENSHOTS) / name)
         assert not errors

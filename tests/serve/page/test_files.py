@@ -5,9 +5,11 @@ from typing import Any
 from unittest.mock import AsyncMock
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Browser, Page, expect
 
 from tests.serve.page.visit import (
+    DESKTOP,
+    PHONE,
     PROMPT,
     both_widths,
     button,
@@ -129,21 +131,28 @@ def test_a_result_shows_its_neighbours(page: Page, server: Any) -> None:
     expect(viewer.get_by_role("tab", selected=True)).to_have_text("Neighbours")
 
 
-def test_an_open_picture_says_in_its_window_what_it_waits_for(page: Page) -> None:
-    refuse(page, "/knn-service", [("1", 503)])
-    refuse(page, "/v1/images/text-diffs", [("1", 429)])
-    drop(page, "red.png", plain_picture("red", 40))
-    viewer = page.get_by_role("dialog")
-    status = viewer.get_by_role("tabpanel").get_by_role("status")
-    expect(status).to_have_text("The server is not ready; trying again in 1 s.")
-    expect(status).to_contain_text("The nearest pictures of the data.")
-    viewer.get_by_role("tab", name="Change by text", exact=True).click()
-    for label, text in (("From", "red"), ("To", "blue"), ("Frames", "2")):
-        viewer.get_by_label(label, exact=True).fill(text)
-    viewer.get_by_role("button", name="Change by text", exact=True).click()
-    expect(status).to_have_text("Too many requests are waiting; trying again in 1 s.")
-    expect(viewer.locator("#view-frames output")).to_have_text("40 %")
-    expect(status).to_be_empty()
+@pytest.mark.parametrize(("width", "height"), [PHONE, DESKTOP], ids=["phone", "desktop"])
+def test_an_open_picture_says_in_its_window_what_it_waits_for(
+    browser: Browser, server: Any, width: int, height: int
+) -> None:
+    with browser.new_context(viewport={"width": width, "height": height}) as context:
+        page = context.new_page()
+        page.goto(server.url)
+        refuse(page, "/knn-service", [("1", 503)])
+        refuse(page, "/v1/images/text-diffs", [("1", 429)])
+        drop(page, "red.png", plain_picture("red", 40))
+        viewer = page.get_by_role("dialog")
+        status = viewer.get_by_role("tabpanel").get_by_role("status")
+        expect(status).to_have_text("The server is not ready; trying again in 1 s.")
+        expect(status).to_have_text("The nearest pictures of the data.")
+        viewer.get_by_role("tab", name="Change by text", exact=True).click()
+        for label, text in (("From", "red"), ("To", "blue"), ("Frames", "2")):
+            viewer.get_by_label(label, exact=True).fill(text)
+        viewer.get_by_role("button", name="Change by text", exact=True).click()
+        waiting = viewer.get_by_text("Too many requests are waiting; trying again in 1 s.")
+        expect(waiting).to_be_in_viewport()  # under the picture, which a phone shows meanwhile
+        expect(viewer.locator("#view-frames output")).to_have_text("40 %")
+        expect(waiting).to_have_count(0)
 
 
 def test_a_near_copy_is_flagged(page: Page, neighbours: Any, monkeypatch: pytest.MonkeyPatch) -> None:
