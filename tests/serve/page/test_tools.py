@@ -144,7 +144,7 @@ def test_delete_removes_the_picture_that_is_shown_also_when_another_one_came(pag
     expect(history(page, PROMPT)).to_have_count(1)
     seed = viewer.get_by_title("Copy the seed")
     seed.click()
-    expect(viewer.get_by_text(f"Copied {seed.inner_text()}.")).to_be_visible()
+    expect(viewer.get_by_text(f"Copied {seed.inner_text()}.")).to_be_in_viewport()
 
 
 def test_ctrl_and_enter_in_a_tool_press_its_own_button(page: Page) -> None:
