@@ -4,10 +4,8 @@ from collections.abc import Callable
 
 import ray
 
-from pipeline.forget.forget import finish
 from pipeline.recipe.plan import Step, make_plan
 from pipeline.recipe.recipe import Recipe, parse_recipe
-from pipeline.runtime import index
 from pipeline.runtime.admission import require_room
 from pipeline.runtime.connection import own_servers
 from pipeline.workspace.forgotten import Pending
@@ -29,7 +27,13 @@ def finish_forgetting(
         StepError: See ``finish``; or if no worker that builds an index can ever start on this machine alone.
     """
     pending = Pending.read(workspace.root)
-    for key in pending.indexes if pending and ray.is_initialized() and own_servers() else ():
+    if pending is None:
+        return None
+    # Loaded where there is work: these load torch and faiss, and every run comes by here.
+    from pipeline.forget.forget import finish
+    from pipeline.runtime import index
+
+    for key in pending.indexes if ray.is_initialized() and own_servers() else ():
         if workspace.artifact("index", key).manifest() is not None:
             require_room(_recipe_of(workspace, key, recipe)[0], ["index"])
 

@@ -50,6 +50,11 @@ def test_a_training_loads_open_clip_only_where_it_needs_a_clip() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+def test_the_process_of_a_run_loads_nothing_that_only_its_workers_need() -> None:
+    code = "import sys, pipeline.runtime.run; sys.exit(bool({'torch', 'faiss', 'open_clip'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 def test_top_level_packages_are_ours() -> None:
     import jobs
     import models
