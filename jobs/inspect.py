@@ -106,12 +106,9 @@ def _print_cost(resolved: Recipe, until: str, *, json: bool) -> None:
     from pipeline.networks.costs import format_costs, recipe_costs
     from pipeline.train.fitting import format_memory, recipe_memory
 
-    all_costs, memories, bill = recipe_costs(resolved), recipe_memory(resolved), None
-    costs = all_costs
-    if until:
-        names = {step.name for step in make_plan(resolved, until=until)}
-        costs = [cost for cost in costs if cost.name in names]
-        memories = [memory for memory in memories if memory.name in names]
+    names = {step.name for step in make_plan(resolved, until=until)} if until else None
+    all_costs, memories, bill = recipe_costs(resolved), recipe_memory(resolved, names), None
+    costs = [cost for cost in all_costs if names is None or cost.name in names]
     try:
         bill = recipe_bill(resolved, all_costs, until=until)
     except (ConfigError, DataError) as error:  # the list need not be here to count the networks

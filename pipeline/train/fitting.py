@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import replace
 
 import torch
@@ -15,8 +15,12 @@ from pipeline.train.memory import USABLE, WorkerMemory, count_memory
 from pipeline.workspace.progress import byte_size
 
 
-def recipe_memory(recipe: Recipe) -> list[WorkerMemory]:
+def recipe_memory(recipe: Recipe, names: Container[str] | None = None) -> list[WorkerMemory]:
     """Memory of a worker of every training of a recipe.
+
+    Args:
+        recipe: The recipe.
+        names: Of these steps alone; None: of all.
 
     Raises:
         ConfigError: If the shape of the recipe's pretrained CLIP is not known on this machine.
@@ -27,6 +31,7 @@ def recipe_memory(recipe: Recipe) -> list[WorkerMemory]:
         name: section
         for name, section in recipe.trained().items()
         if section.train.total_steps and not (section is recipe.clip and recipe.clip.source == "pretrained")
+        if names is None or name in names
     }
     return [memory_of(name, section, recipe, frozen) for name, section in trained.items()]
 

@@ -16,6 +16,7 @@ from pipeline.networks.costs import recipe_costs
 from pipeline.recipe.estimate import StepTime, save_times
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.timing.units import RowUnits, Units, step_times
+from pipeline.train.memory import WorkerMemory, count_memory
 from pipeline.workspace.store import Artifact
 from tests.scaling_page import counted_by_hand, value
 from tests.tiny.command import unclip_json
@@ -86,10 +87,19 @@ def test_a_bill_up_to_a_step_has_nothing_of_later_ones(tmp_path: Path, monkeypat
     }
 
 
-def test_the_cost_up_to_a_step_is_that_of_its_networks(tmp_path: Path) -> None:
+def test_the_cost_up_to_a_step_is_that_of_its_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[str] = []
+
+    def count(name: str, *rest: Any) -> WorkerMemory:
+        counted.append(name)
+        return count_memory(name, *rest)
+
+    monkeypatch.setattr("pipeline.train.fitting.count_memory", count)
     path = str(write_recipe(tmp_path, port=1))
     answer = unclip_json("plan", path, "--cost", "--until", "embed")
     assert [network["name"] for network in answer["networks"]] == ["clip"]
+    assert answer["networks"][0]["worker_memory"]["samples"] > 0
+    assert counted == ["clip"]  # the others are not counted to be thrown away
 
 
 def test_token_states_are_in_the_storage_of_embed(tmp_path: Path) -> None:
