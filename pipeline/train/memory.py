@@ -175,6 +175,7 @@ def count_memory(name: str, section: TrainedSection, recipe: Recipe, frozen: Ope
         network.train().requires_grad_(requires_grad=True)
         set_checkpointing(network, enabled=resources.checkpointing)
         step = _Step(network, average, create_optimizer(network, section.train), run, section.train.precision)
+        step.make_moments()
         count = _count_whole if resources.shards == 1 else _count_divided
         parts = count(step, section, samples, kind.blocks(network))
     return WorkerMemory(
@@ -226,7 +227,6 @@ def _count_divided(step: _Step, section: TrainedSection, samples: int, blocks: S
     its tensors), and no GPU has run a divided training.
     """
     network, num_shards = step.network, section.resources.shards
-    step.take(samples)
     own = sum(_part_bytes(parameter, num_shards) for parameter in network.parameters())
     moments = sum(_part_bytes(moment, num_shards) for moment in step.moments())
     whole, buffers = _bytes_of(network.parameters()), _bytes_of(network.buffers())
@@ -303,8 +303,6 @@ class _Step:
             gradients_stay: Whether the gradients are there before the pass begins: of the part before, or in the
                 buckets of several workers.
         """
-        if not self.optimizer.state:
-            self.take(size)
         parameters = list(self.network.parameters())
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter) if gradients_stay else None
@@ -313,6 +311,13 @@ class _Step:
         with LiveBytes([*states, *gradients]) as live:
             self.take(size)
         return live.peak if gradients_stay else live.peak - _bytes_of(parameters)
+
+    def make_moments(self) -> None:
+        """Let the optimizer make its tensors, for which it needs gradients and no pass."""
+        for parameter in self.network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def moments(self) -> list[Tensor]:
         """The optimizer's tensors."""

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.layers.ema import create_average, update_average
 from pipeline.data.order import Share
 from pipeline.networks.costs import build_clip
+from pipeline.networks.counting import backward_in_modes
+from pipeline.networks.table import kind_of
 from pipeline.recipe.recipe import Recipe, load_recipe
 from pipeline.train.assemble import assemble
 from pipeline.train.fitting import advice, format_memory, memory_of, recipe_memory
@@ -92,6 +94,25 @@ def test_counted_memory_is_that_of_the_real_step(
     recipe = _changed(name, train, resources)
     counted = _counted(recipe, name)
     assert counted.total == pytest.approx(_measured(recipe, name, inputs, tmp_path), rel=0.1)
+
+
+@pytest.mark.parametrize("num_shards", [1, 2])
+def test_a_count_takes_one_pass_and_every_parameter_has_its_moments(
+    monkeypatch: pytest.MonkeyPatch, num_shards: int
+) -> None:
+    passes: list[Tensor] = []
+
+    def take(loss: Tensor) -> None:
+        passes.append(loss)
+        backward_in_modes(loss)
+
+    monkeypatch.setattr("pipeline.train.memory.backward_in_modes", take)
+    train, workers = {"batch_size": 4, "optimizer": "adamw"}, {"num_workers": 2, "num_shards": num_shards}
+    recipe = _changed("decoder", train, workers)
+    counted = _counted(recipe, "decoder")
+    assert len(passes) == 1
+    network = kind_of(recipe.decoder.model).create(recipe.decoder.model, recipe.clip.model.dims())
+    assert counted.optimizer == 2 * counted.gradients + 4 * len([*network.parameters()])  # each has a number of steps
 
 
 def test_a_gpu_computes_norms_in_float32_under_autocast() -> None:
