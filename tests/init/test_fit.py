@@ -15,6 +15,7 @@ from pipeline.recipe.recipe import Recipe, load_recipe, parse_recipe
 from pipeline.timing.units import TrainingUnits, Units
 from pipeline.workspace.store import Workspace
 from tests.tiny.command import ROOT
+from tests.tiny.companions import start_no_companion
 from tests.tiny.recipe import tiny_tables
 
 _SIZES = (Size((32, 64), 500), Size((16, 64), 100))
@@ -52,6 +53,7 @@ def test_too_few_minutes_are_refused_with_the_least_that_makes_sense(tmp_path: P
 def test_init_with_minutes_writes_a_recipe_that_takes_no_longer_and_keeps_its_times(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    start_no_companion(monkeypatch)
     monkeypatch.chdir(tmp_path)  # the recipe names its workspace from here
     monkeypatch.setattr("pipeline.init.recipe.CPU_SIZES", (Size((16, 32), 200, num_prompts=4),))
     listed, out = tmp_path / "pictures", tmp_path / "mine.toml"

@@ -25,6 +25,7 @@ from pipeline.timing.trainings import RehearsedTraining
 from pipeline.timing.units import step_times
 from pipeline.train.assemble import TrainJob
 from pipeline.workspace.store import Artifact, Workspace
+from tests.tiny.companions import start_no_companion
 from tests.tiny.recipe import TRAINED, UNET, merge, tiny_tables, training
 from tests.tiny.shards import make_embeddings
 
@@ -61,7 +62,10 @@ def test_every_step_and_every_kind_of_network_is_measured_and_kept_for_the_run(t
     assert machine == measured
 
 
-def test_a_part_of_a_recipe_is_measured_alone_and_leaves_the_other_times(tmp_path: Path) -> None:
+def test_a_part_of_a_recipe_is_measured_alone_and_leaves_the_other_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_no_companion(monkeypatch)
     recipe = _recipe(tmp_path, decoder={"resources": {"accelerator": "cuda", "cpus_per_worker": 4096.0}})
     workspace = Workspace(recipe.workspace)
     save_times(recipe, {"prior": StepTime(7.0), "download": StepTime(9999.0)}, 1.5)
@@ -94,33 +98,27 @@ def _two_workers(folder: Path) -> TrainJob:
     return rehearsal.job("upsampler_1")
 
 
-def test_workers_that_train_together_exchange_their_gradients(tmp_path: Path) -> None:
-    job = _two_workers(tmp_path)
-    one_worker = _recipe(tmp_path / "w").upsampler_1
-    norms: list[float] = []
+def _train_and_lose_the_other(job: TrainJob, alone: TrainJob, norms: list[float]) -> None:
+    """A step together and the same alone, whose norms are added to ``norms``; then steps together without the other."""
     with training_together(job, 2) as first:
-        for one in (first, replace(job, recipe=replace(job.recipe, upsampler_1=one_worker))):
-            training = RehearsedTraining(one)
-            training.take_step()
-            norms.append(float(training.state.grad_norm))
-    assert norms[0] == pytest.approx(norms[1], rel=1e-4)  # of the whole batch
-
-
-def _train_without_others(job: TrainJob) -> None:
-    with training_together(job, 2) as first:
-        training = RehearsedTraining(first)
-        training.take_step()
+        trainings: list[RehearsedTraining] = []
+        for one in (first, alone):
+            trainings.append(RehearsedTraining(one))
+            trainings[-1].take_step()
+            norms.append(float(trainings[-1].state.grad_norm))
         for child in psutil.Process().children():
             if "pipeline.timing.companion" in child.cmdline():
                 child.kill()
         for _ in range(3):
-            training.take_step()
+            trainings[0].take_step()
 
 
-def test_a_worker_that_is_lost_while_it_is_timed_is_one_message(tmp_path: Path) -> None:
-    job = _two_workers(tmp_path)
+def test_workers_that_train_together_exchange_their_gradients_and_a_lost_one_is_one_message(tmp_path: Path) -> None:
+    job, one_worker = _two_workers(tmp_path), _recipe(tmp_path / "w").upsampler_1
+    alone, norms = replace(job, recipe=replace(job.recipe, upsampler_1=one_worker)), list[float]()
     with pytest.raises(StepError, match=r"ended before it had taken its steps; is memory short\?"):
-        _train_without_others(job)
+        _train_and_lose_the_other(job, alone, norms)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)  # of the whole batch
 
 
 def test_a_worker_that_is_lost_before_all_have_met_is_missed_soon(
@@ -135,6 +133,8 @@ def test_a_worker_that_is_lost_before_all_have_met_is_missed_soon(
 
 
 def test_the_step_of_several_workers_is_that_of_all_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start_no_companion(monkeypatch)
+    monkeypatch.setattr("pipeline.timing.measure._crowding", lambda *_: 1.5)
     monkeypatch.setattr(RehearsedTraining, "step_s", lambda training: float(training.job.world_size))
     recipe = _recipe(tmp_path, upsampler_1={"resources": {"num_workers": 2}})
     watched: list[str] = []
@@ -149,7 +149,8 @@ def test_semantic_duplicates_are_not_timed(tmp_path: Path) -> None:
     assert Rehearsal(recipe, tmp_path / "rehearsal", {}).rows("filter_embeddings") is None
 
 
-def test_imported_embeddings_are_measured_as_they_are(tmp_path: Path) -> None:
+def test_imported_embeddings_are_measured_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    start_no_companion(monkeypatch)
     folder, embed = tmp_path / "embeddings", Artifact(str(tmp_path / "embed"))
     vectors = to_unit(np.random.default_rng(0).standard_normal((320, 16)).astype(np.float16))
     make_embeddings(embed, vectors, vectors, 300)

@@ -26,6 +26,7 @@ from pipeline.timing.measure import measure
 from pipeline.timing.rehearsal import Rehearsal
 from pipeline.timing.units import RowUnits
 from pipeline.workspace.store import Artifact
+from tests.tiny.companions import start_no_companion
 from tests.tiny.recipe import tiny_tables
 
 
@@ -242,7 +243,10 @@ def test_a_long_wait_for_a_limited_host_is_said_before(
     assert words == ["download of 18 rows: 0 s, at 200/s from a host"]
 
 
-def test_repeated_rows_are_no_rows_of_the_next_steps(address: str, tmp_path: Path) -> None:
+def test_repeated_rows_are_no_rows_of_the_next_steps(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start_no_companion(monkeypatch)
     urls = [f"{address}/{row}-0" for row in range(8)]
     units = measure(_list_recipe(tmp_path, [*urls, *urls], 4), {}, only=["download"])
     assert (units.num_rows, units.rows_of("embed")) == (16, 8)
