@@ -431,7 +431,7 @@ def test_wrong_forms_are_refused_by_name(
 ) -> None:
     special = {
         "nonsense": b"GIF89a",
-        "bomb": plain_picture("red", 6400),
+        "bomb": plain_picture("red", 6400 if "bomb" in files.values() else 1),  # most of a second to make
         "large": right_half(64),
         "1": black(),
         "2": black(),
