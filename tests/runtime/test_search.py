@@ -245,12 +245,15 @@ def test_kill_anywhere_ends_in_the_same_bytes(folder: Path, recipe: Recipe, calm
             while process.poll() is None and not _has_begun(wild) and time.monotonic() < give_up:
                 time.sleep(0.02)
             time.sleep(rng.uniform(0, 1.2))
-            if process.poll() is None:
-                kills[kind] += 1
-                if kind == "driver":
-                    process.kill()
+            killed = False
+            while not killed and process.poll() is None:
+                if kind == "workers":
+                    killed = _kill_workers(head)
+                    time.sleep(0.02)
                 else:
-                    _kill_workers(head)
+                    process.kill()
+                    killed = True
+            kills[kind] += killed
             output, _ = process.communicate(timeout=120)
         assert "Traceback" not in output
         if process.returncode == 0:
@@ -271,8 +274,12 @@ def _has_begun(artifact: Artifact) -> bool:
     return False
 
 
-def _kill_workers(head: RayHead) -> None:
+def _kill_workers(head: RayHead) -> bool:
+    """Whether there was one at work."""
+    num_killed = 0
     for child in psutil.Process(head.pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             if any(part.startswith("ray::_Actor") for part in child.cmdline()):
                 child.kill()
+                num_killed += 1
+    return num_killed > 0
