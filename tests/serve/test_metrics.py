@@ -21,6 +21,7 @@ from pipeline.serve.gate import Gate
 from pipeline.serve.guards import Guards
 from pipeline.serve.metrics import EngineMetrics, HttpMetrics
 from pipeline.serve.protocols import Overloaded, TooLittleTime
+from tests.serve.test_engine import wait_until
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,13 +72,11 @@ def test_the_last_engine_of_a_chain_measures_the_time_in_all(cascade: Cascade) -
 def test_steps_for_a_client_who_left_are_counted_as_wasted(make_engine: Callable[..., Engine]) -> None:
     engine = make_engine(max_batch_size=1, max_waiting=1)
     under_way = engine.submit(SampleRequest("a", tuple(range(10))))
-    while not engine.counts()["steps"]:
-        pass
+    wait_until(lambda: engine.counts()["steps"] > 0)
     with pytest.raises(Overloaded):  # nine of its pictures wait
         engine.submit(SampleRequest("b", (1,)))
     under_way.cancel()
-    while not engine.counts()["dropped"]:
-        pass
+    wait_until(lambda: engine.counts()["dropped"] > 0)
     numbers = values(asyncio.run(engine.metrics())[""])
     assert numbers["unclip_wasted_steps_total", "cancelled"] >= 1
     assert numbers["unclip_requests_total", "cancelled"] == 1
@@ -92,8 +91,7 @@ def test_engines_of_before_are_counted_while_they_finish_and_after(cascade: Casc
             for engine in (before, now):
                 engine.submit(SampleRequest("a", (1,))).result(60)
             under_way = before.submit(SampleRequest("a", (1, 2), num_steps={"prior": 1000}))
-            while not before.counts()["active"]:
-                pass
+            wait_until(lambda: before.counts()["active"] > 0)
             counts = asyncio.run(now.stats())
             assert (counts["requests"], counts["pictures"], counts["active"]) == (3, 2, 1)
             assert now.load().pictures == 2
@@ -102,8 +100,7 @@ def test_engines_of_before_are_counted_while_they_finish_and_after(cascade: Casc
             with pytest.raises(TooLittleTime):  # this engine is idle, its device is not
                 now.submit(SampleRequest("a", (0,), timeout_s=1e-9))
             under_way.cancel()
-            while not before.counts()["dropped"]:
-                pass
+            wait_until(lambda: before.counts()["dropped"] > 0)
         before.close()  # once more
         counts = asyncio.run(now.stats())
         assert (counts["requests"], counts["refused"], counts["dropped"], counts["active"]) == (3, 1, 1, 0)

@@ -23,6 +23,7 @@ from pipeline.serve.metrics import EngineMetrics, span_counter
 from pipeline.serve.traces import open_traces
 from tests.ports import free_port
 from tests.serve.conftest import Server
+from tests.serve.test_engine import wait_until
 from tests.tiny.collector import Collector, collecting
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -113,8 +114,7 @@ def test_a_request_that_is_cancelled_or_waits_says_so(cascade: Cascade, collecto
     engine = Engine(cascade, max_batch_size=1, traces=traces)
     parent = f"00-{'1' * 32}-{PARENT}-01"
     under_way = engine.submit(SampleRequest("a", (1,), num_steps={"prior": 1000}, traceparent=parent))
-    while not engine.counts()["steps"]:
-        pass
+    wait_until(lambda: engine.counts()["steps"] > 0)
     waits = engine.submit(SampleRequest("b", (2,), traceparent=parent))
     waits.cancel()
     under_way.cancel()
