@@ -91,7 +91,9 @@ def _children() -> list[psutil.Process]:
 
 def test_a_process_that_dies_is_replaced(decoders: ProcessDecoders, shard: tuple[Path, Path]) -> None:
     expected = decoders.submit(_chunk(shard))()
-    for child in _children():
+    children = _children()
+    assert len(children) == 2
+    for child in children:
         os.kill(child.pid, signal.SIGKILL)
     assert all(_equal(decoders.submit(_chunk(shard))(), expected) for _ in range(3))
 

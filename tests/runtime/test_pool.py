@@ -284,5 +284,5 @@ def test_who_waits_is_told_since_when_for_what_and_that_nothing_offers_it(
         waiting = pool._Pool(_context(tmp_path), ShardJob(_Stage, ["a"], 2, resources), deque(["a"]))
         message = waiting.message()
         waiting.close()
-        assert re.match(f"waiting since [01] s for a worker of {what}", message)
+        assert re.match(rf"waiting since \d+ s for a worker of {what}", message)
         assert message.endswith("; no machine that is there now has that") != is_offered

@@ -35,6 +35,7 @@ def test_every_picture_has_its_nearest_pairs_by_its_own_pixels(server: Any) -> N
     embed = artifact_of(Workspace(server.recipe.workspace), steps["embed"])
     table = pq.read_table(embed.path("00000.parquet"))
     rows = np.array(table.column("z_image").to_pylist(), np.float32)
+    assert len(answer["data"]) == 2
     for entry in answer["data"]:
         picture = torch.from_numpy(pixels(base64.b64decode(entry["b64_json"])).copy())[None]
         cosines = rows @ server.cascade.clip.encode_image(picture)[0].numpy() / np.linalg.norm(rows, axis=1)

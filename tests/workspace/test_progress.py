@@ -55,7 +55,7 @@ def test_progress_counts_the_work_and_not_the_waiting(tmp_path: Path) -> None:
     progress.begin(ago_s=5)
     progress.begin(ago_s=50)  # the second worker's: the clock runs already
     progress.update(0, 10, "rows", force=True)
-    assert 5 <= _wall_s(artifact) < 5.2
+    assert 5 <= _wall_s(artifact) < 6
 
 
 def test_the_rate_does_not_count_the_time_before_the_first_row(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_progress_of_a_second_start_adds_to_the_first(tmp_path: Path) -> None:
     first.update(1, 2, "steps", force=True)
     second = Progress(artifact)
     second.update(1, 2, "steps", force=True)
-    assert 3 <= _wall_s(artifact) < 3.2
+    assert 3 <= _wall_s(artifact) < 4
     assert read_progress(artifact).rate == 0  # type: ignore[union-attr]
 
 
@@ -90,8 +90,8 @@ def test_the_workers_of_each_start_are_counted(tmp_path: Path) -> None:
         start.begin(ago_s=seconds)
         start.update(1, 2, "steps", force=True)
         Progress(artifact, waits=True).update(0, 1, "", "waiting for 1 x 1 CPU", force=True)
-    assert 15 <= Progress(artifact, waits=True).wall_s < 15.2
-    assert 50 <= Progress(artifact, waits=True).node_s < 50.5
+    assert 15 <= Progress(artifact, waits=True).wall_s < 16
+    assert 50 <= Progress(artifact, waits=True).node_s < 54
     assert Progress(artifact, waits=True).num_workers == 4
 
 
