@@ -1,7 +1,11 @@
 # Two commands: `make demo` trains and shows everything, `make test` checks everything. Both make .venv first.
 PYTHON ?= python3
-EXTRA ?= cpu
+# Extras to install, such as EXTRA=gpu or EXTRA=cpu,s3; without EXTRA, those that are there stay.
+INSTALLED := $(patsubst .venv/.ready-%,%,$(firstword $(wildcard .venv/.ready-*)))
+EXTRA ?= $(or $(INSTALLED),cpu)
 BIN := .venv/bin
+READY = .venv/.ready-$(EXTRA)
+DEV = .venv/.dev-$(EXTRA)
 # uv is several times faster than pip, and does not read pip's own setting for local wheels.
 UV = $(BIN)/uv pip install --python $(BIN)/python -q $(foreach place,$(PIP_FIND_LINKS),--find-links $(place))
 INSTALL = $(UV) -c constraints.txt
@@ -11,41 +15,46 @@ ORACLES = diffusers==0.37.1 k-diffusion==0.1.1.post1 transformers==5.23.0 tokeni
 # Empty is unset: every worker imports some 3,000 modules, twice as slowly where containers forbid to keep their bytecode.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-all coverage lint docs clean setup
+.PHONY: demo test test-all coverage lint docs clean setup dev
 
-demo: .venv/.ready
+demo: $(READY)
 	$(BIN)/unclip run configs/demo.toml
 
-test: .venv/.dev lint
+test: $(DEV) lint
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
-test-all: .venv/.dev lint
+test-all: $(DEV) lint
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-coverage: .venv/.dev
+coverage: $(DEV)
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" --cov
 
-lint: .venv/.dev
+lint: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/pyright
 
-docs: .venv/.ready
+docs: $(READY)
 	$(BIN)/python -m jobs.reference > docs/config.md
 	$(BIN)/python -m benchmarks.page > docs/benchmarks.md
 	$(BIN)/python -m pipeline.shapes.describe > docs/pairs.md
 
-setup: .venv/.ready
+setup: $(READY)
 
-.venv/.ready: pyproject.toml constraints.txt
+dev: $(DEV)
+
+# The two builds of FAISS fill the same folder: one over the other, or one taken from under the other, breaks both.
+$(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "unclip needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q uv
+	rm -f .venv/.ready-* .venv/.dev-*
+	$(BIN)/uv pip uninstall -q --python $(BIN)/python faiss-cpu faiss-gpu
 	$(INSTALL) -e '.[$(EXTRA)]'
 	touch $@
 
-.venv/.dev: .venv/.ready
+$(DEV): $(READY)
 	$(INSTALL) -e '.[$(EXTRA),dev]'
 	$(UV) --no-deps --target .venv/oracles $(ORACLES)
 	touch $@

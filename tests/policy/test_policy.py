@@ -1,6 +1,8 @@
 """Rules of the house that no linter knows."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -197,6 +199,30 @@ def test_make_removes_nothing_that_a_person_made() -> None:
     words = [word for line in re.findall(r"\brm .*", (ROOT / "Makefile").read_text()) for word in line.split()[1:]]
     assert ".venv" in words
     assert [word for word in words if not word.startswith((".", "-"))] == []  # workspace, out
+
+
+def test_make_installs_what_was_asked_for_and_keeps_it(tmp_path: Path) -> None:
+    names = ("Makefile", "pyproject.toml", "constraints.txt")
+    for name in names:
+        shutil.copy(ROOT / name, tmp_path)
+        os.utime(tmp_path / name, (0, 0))
+    (tmp_path / ".venv").mkdir()
+
+    def make(*words: str) -> str:
+        path = {"PATH": os.environ["PATH"]}
+        return subprocess.run(
+            ["make", "-n", *words], cwd=tmp_path, env=path, text=True, capture_output=True, check=True
+        ).stdout
+
+    for before, extra in (("", "cpu"), ("cpu", "gpu"), ("gpu", "cpu,s3")):
+        lines = make("setup", *([f"EXTRA={extra}"] if before else []))
+        assert f"-e '.[{extra}]'" in lines
+        assert "uninstall -q --python .venv/bin/python faiss-cpu faiss-gpu" in lines
+        (tmp_path / f".venv/.ready-{before}").unlink(missing_ok=True)
+        (tmp_path / f".venv/.ready-{extra}").touch()
+        assert "Nothing to be done" in make("setup")
+        assert "Nothing to be done" in make("setup", f"EXTRA={extra}")
+        assert f"-e '.[{extra},dev]'" in make("dev")
 
 
 def test_text_is_ascii() -> None:

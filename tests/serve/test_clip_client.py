@@ -23,7 +23,7 @@ _CLIENT = Path(sys.prefix) / "oracles/clip_retrieval/clip_client.py"
 def clip_client() -> Any:
     """The client's module alone: its package imports the whole back end, which does not go with this environment."""
     if not _CLIENT.exists():
-        pytest.skip("clip-retrieval is not installed apart: make .venv/.dev")
+        pytest.skip("clip-retrieval is not installed apart: make dev")
     spec = importlib.util.spec_from_file_location("clip_client", _CLIENT)
     assert spec is not None
     assert spec.loader is not None
