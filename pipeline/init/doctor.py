@@ -5,6 +5,7 @@ import http.client
 import importlib
 import importlib.metadata
 import os
+import platform
 import resource
 import shutil
 import sys
@@ -13,7 +14,7 @@ import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -62,7 +63,8 @@ def examine(recipe: Recipe | None) -> Iterator[Finding]:
     yield check_python(sys.version_info[:2])
     yield check_torch(needs_cuda=recipe is not None and uses_cuda(recipe))
     yield check_import("open_clip", "open_clip_torch", module="pipeline.clip.library")
-    yield check_faiss({name for name in ("faiss-cpu", "faiss-gpu") if _version(name)}, has_driver=_DRIVER.exists())
+    takes_gpu_build = _DRIVER.exists() and platform.machine() == "x86_64"
+    yield check_faiss({name for name in ("faiss-cpu", "faiss-gpu") if _version(name)}, has_driver=takes_gpu_build)
     yield check_import("ray", "ray")
     places = {tempfile.gettempdir(): "temporary files"}
     if workspace is not None and workspace.is_local:
@@ -97,12 +99,19 @@ def check_python(number: tuple[int, ...]) -> Finding:
     return Finding("Python", "ok", text)
 
 
-def check_import(name: str, package: str, *, module: str = "") -> Finding:
-    """A library can be loaded (through ``module``); one of a wrong build is found only so."""
+def check_import(name: str, package: str, *, module: str = "", mend: str = "") -> Finding:
+    """A library can be loaded (through ``module``); one of a wrong build is found only so.
+
+    Args:
+        name: Of the library.
+        package: What is installed.
+        module: What is loaded instead of the library.
+        mend: What to do about a broken one; empty: to install the package.
+    """
     try:
         importlib.import_module(module or name)
     except Exception as error:  # noqa: BLE001  (a broken library raises anything)
-        mend = f"pip install -c constraints.txt {package}, in the environment of {sys.prefix}"
+        mend = mend or f"pip install -c constraints.txt {package}, in the environment of {sys.prefix}"
         return Finding(name, "problem", f"cannot be loaded: {type(error).__name__}: {error}", mend)
     return Finding(name, "ok", _version(package))
 
@@ -131,16 +140,18 @@ def check_torch(*, needs_cuda: bool) -> Finding:
 
 def check_faiss(builds: set[str], *, has_driver: bool) -> Finding:
     """Exactly one build of FAISS is installed, and the one that fits."""
+    install = f"pip install -c constraints.txt -e '.[{'gpu' if has_driver else 'cpu'}]'"
+    anew = f"pip uninstall -y faiss-cpu faiss-gpu; {install}, in the environment of {sys.prefix}"
     if not builds:
-        extra = "gpu" if has_driver else "cpu"
-        return Finding("faiss", "problem", "not installed", f"pip install -c constraints.txt -e '.[{extra}]'")
+        return Finding("faiss", "problem", "not installed", f"{install}, in the environment of {sys.prefix}")
     if len(builds) > 1:
-        return Finding("faiss", "problem", "both builds are installed over each other", "pip uninstall faiss-cpu")
+        return Finding("faiss", "problem", "both builds are installed over each other", anew)
     [build] = builds
-    if has_driver and build == "faiss-cpu":
-        mend = "indexes are built on the CPU; for the GPU: pip uninstall faiss-cpu; pip install faiss-gpu"
+    library = check_import("faiss", build, mend=anew)
+    if library.state == "ok" and has_driver and build == "faiss-cpu":
+        mend = f"indexes are built on the CPU; for the GPU: {anew}"
         return Finding("faiss", "warning", f"{build} {_version(build)} beside a GPU", mend)
-    return Finding("faiss", "ok", f"{build} {_version(build)}")
+    return replace(library, text=f"{build} {library.text}")
 
 
 def check_disk(place: str, name: str) -> Finding:

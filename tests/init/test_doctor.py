@@ -5,6 +5,7 @@ import http.server
 import json
 import resource
 import socketserver
+import sys
 import threading
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -29,8 +30,13 @@ from tests.tiny.recipe import tiny_tables, write_recipe
         (doctor.check_import("no_such_module", "some-package"), "problem", "some-package"),
         (doctor.check_import("json", "pytest"), "ok", ""),
         (doctor.check_faiss(set(), has_driver=True), "problem", r"'.\[gpu\]'"),
-        (doctor.check_faiss({"faiss-cpu", "faiss-gpu"}, has_driver=True), "problem", "uninstall"),
-        (doctor.check_faiss({"faiss-cpu"}, has_driver=True), "warning", "faiss-gpu"),
+        (
+            doctor.check_faiss({"faiss-cpu", "faiss-gpu"}, has_driver=True),
+            "problem",
+            r"-y faiss-cpu faiss-gpu; pip install",
+        ),
+        (doctor.check_faiss({"faiss-cpu", "faiss-gpu"}, has_driver=False), "problem", r"'.\[cpu\]'"),
+        (doctor.check_faiss({"faiss-cpu"}, has_driver=True), "warning", r"'.\[gpu\]'"),
         (doctor.check_faiss({"faiss-cpu"}, has_driver=False), "ok", ""),
         (doctor.check_memory(1.0e9), "problem", "container's limit"),
         (doctor.check_memory(4.0e9), "warning", "container's limit"),
@@ -53,6 +59,14 @@ def test_a_check_says_what_to_do(finding: doctor.Finding, state: str, words: str
     assert finding.state == state
     assert bool(finding.mend) == (state != "ok")
     assert words.replace("\\", "") in finding.mend
+
+
+@pytest.mark.parametrize("has_driver", [True, False])
+def test_a_faiss_that_cannot_be_loaded_is_a_problem(*, has_driver: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    finding = doctor.check_faiss({"faiss-cpu"}, has_driver=has_driver)
+    assert (finding.state, "cannot be loaded" in finding.text) == ("problem", True)
+    assert "pip uninstall -y faiss-cpu faiss-gpu; pip install" in finding.mend
 
 
 @contextmanager
