@@ -11,7 +11,7 @@ from pipeline.recipe.plan import Step, artifact_of, make_plan
 from pipeline.recipe.recipe import Recipe, parse_recipe, to_dict
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.workspace.lock import locked
-from pipeline.workspace.manifest import Manifest, parse_record
+from pipeline.workspace.manifest import Manifest, read_record
 from pipeline.workspace.store import Artifact, Workspace
 
 Json = dict[str, Any]
@@ -71,8 +71,11 @@ def read_promotions(workspace: Workspace, name: str) -> Promotions:
     Raises:
         DataError: If their file is damaged.
     """
-    artifact = _artifact(workspace, name)
-    return parse_record(Promotions, artifact.read_json(_FILE)) if artifact.exists(_FILE) else Promotions()
+    home = _home(workspace, name)
+    content = home.find_bytes(_FILE)
+    if content is None:
+        return Promotions()
+    return read_record(Promotions, content, f"{home.uri}/{_FILE}", "bring it back from a copy")
 
 
 def champions(workspace: Workspace) -> dict[tuple[str, str], str]:
@@ -190,7 +193,7 @@ def promote(
         )
         file = {"promotions": [asdict(one) for one in (*promotions.promotions, new)]}
         lock.check()
-        _artifact(workspace, recipe.name).write_json(_FILE, file)
+        _home(workspace, recipe.name).write_json(_FILE, file)
     return new, True
 
 
@@ -252,5 +255,5 @@ def _setting(name: str) -> str:
     return "the version of the evaluation" if name == _VERSION else f"{name} of [evaluate]"
 
 
-def _artifact(workspace: Workspace, name: str) -> Artifact:
+def _home(workspace: Workspace, name: str) -> Artifact:
     return workspace.artifact("recipes", name)

@@ -12,7 +12,7 @@ from pipeline.recipe import provenance
 from pipeline.recipe.last_run import Planned, read_last_run
 from pipeline.recipe.recipe import Recipe, flatten
 from pipeline.recipe.steps import STEP_ROWS, STEPS
-from pipeline.workspace.manifest import Manifest
+from pipeline.workspace.manifest import Manifest, read_record
 from pipeline.workspace.store import Artifact, Workspace
 
 Json = dict[str, Any]
@@ -75,24 +75,44 @@ class Lineage:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class _Origin:
+    """Which artifacts the networks of an exported folder are."""
+
+    recipe: str
+    workspace: str
+    networks: dict[str, str]
+    """Key of each, by step name."""
+    weights: dict[str, str] = field(default_factory=dict[str, str])
+    """SHA-256 of the file of weights of each."""
+
+
 def write_origin(folder: Path, recipe: Recipe, artifacts: Mapping[str, Artifact]) -> None:
     """Say in an exported folder which artifacts its networks are, and what SHA-256 their files of weights have."""
     networks = {name: artifact.key for name, artifact in artifacts.items()}
     manifests = {name: manifest for name, artifact in artifacts.items() if (manifest := artifact.manifest())}
-    origin = {
-        "recipe": recipe.name,
-        "workspace": Workspace(recipe.workspace).root,
-        "networks": networks,
-        "weights": {name: weights_of(manifest) for name, manifest in manifests.items()},
-    }
-    Artifact(str(folder.resolve())).write_json(ORIGIN, origin)
+    weights = {name: weights_of(manifest) for name, manifest in manifests.items()}
+    origin = _Origin(recipe.name, Workspace(recipe.workspace).root, networks, weights)
+    Artifact(str(folder.resolve())).write_json(ORIGIN, asdict(origin))
 
 
 def exported_weights(network: Artifact) -> str:
     """SHA-256 of the file of weights of a network in an exported folder, as it was exported; empty for another one."""
     folder, _, name = network.uri.rpartition("/")
-    origin = Artifact(folder).find_json(ORIGIN) if folder else None
-    return "" if origin is None else origin.get("weights", {}).get(name, "")
+    origin = _read_origin(folder) if folder else None
+    return "" if origin is None else origin.weights.get(name, "")
+
+
+def _read_origin(folder: str) -> _Origin | None:
+    """What an exported folder says of its networks; None if it is none.
+
+    Raises:
+        DataError: If its file is damaged, or another program's; names it.
+    """
+    place = Artifact(folder)
+    content = place.find_bytes(ORIGIN)
+    mend = "export the networks again"
+    return None if content is None else read_record(_Origin, content, f"{place.uri}/{ORIGIN}", mend)
 
 
 def trace(what: str, workspace: str = "") -> Lineage:
@@ -104,7 +124,7 @@ def trace(what: str, workspace: str = "") -> Lineage:
 
     Raises:
         ConfigError: If nothing is known of it, or the workspace is needed and was not given.
-        DataError: If a manifest cannot be read.
+        DataError: If a manifest, or the file of an exported folder, cannot be read.
     """
     root, roots, facts = _identify(what, workspace)
     place = Workspace(root)
@@ -152,9 +172,8 @@ def _identify(what: str, workspace: str) -> tuple[str, dict[str, str], Json]:
     if "://" not in what and path.is_file() and path.suffix.lower() == ".png":
         facts = _picture_facts(path)
         return _require(workspace, what), facts.pop("networks"), facts
-    if "://" not in what and (path / ORIGIN).is_file():
-        origin = json.loads((path / ORIGIN).read_text(encoding="utf-8"))
-        return workspace or origin["workspace"], origin["networks"], {"recipe": origin["recipe"]}
+    if "://" not in what and (origin := _read_origin(str(path.absolute()))):
+        return workspace or origin.workspace, origin.networks, {"recipe": origin.recipe}
     parts = (what if "://" in what else str(path.absolute())).rstrip("/").split("/")
     for place in range(len(parts) - 1, 0, -1):
         if _KEY.fullmatch(parts[place]) and parts[place - 1] in STEP_ROWS:

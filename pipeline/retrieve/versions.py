@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.retrieve.embedded import Ids
-from pipeline.workspace.manifest import parse_record
+from pipeline.workspace.manifest import read_record
 from pipeline.workspace.objects import Json
 from pipeline.workspace.store import Artifact
 
@@ -95,4 +95,4 @@ def _files(index: Artifact) -> list[str]:
 
 
 def _read(index: Artifact, name: str) -> Version:
-    return parse_record(Version, index.read_json(name))
+    return read_record(Version, index.read_bytes(name), f"{index.uri}/{name}", index.mend())

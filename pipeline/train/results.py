@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pipeline.workspace.manifest import parse_record
+from pipeline.workspace.manifest import read_record
 from pipeline.workspace.store import LIVE, Artifact
 
 Json = dict[str, Any]
@@ -20,6 +20,7 @@ Json = dict[str, Any]
 RESULTS = f"{LIVE}validation/"
 _BESIDE = f"{RESULTS}beside.json"
 _SUFFIX = ".json"
+_MEND = "remove this file, which says only how the validations went"
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,13 @@ def result_steps(artifact: Artifact) -> list[int]:
 
 
 def read_beside(artifact: Artifact) -> BesideState:
-    """What became of the validations beside a training."""
-    return parse_record(BesideState, artifact.read_json(_BESIDE)) if artifact.exists(_BESIDE) else BesideState()
+    """What became of the validations beside a training.
+
+    Raises:
+        DataError: If its file is damaged; names it.
+    """
+    content = artifact.find_bytes(_BESIDE)
+    return BesideState() if content is None else read_record(BesideState, content, f"{artifact.uri}/{_BESIDE}", _MEND)
 
 
 def write_beside(artifact: Artifact, state: BesideState) -> None:

@@ -11,12 +11,13 @@ import dataclasses
 import functools
 import hashlib
 import secrets
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.errors import DataError, StepError
-from pipeline.workspace.manifest import Manifest, parse_record
+from pipeline.errors import StepError
+from pipeline.workspace.manifest import Manifest, read_record
 from pipeline.workspace.store import Artifact
 
 Json = dict[str, Any]
@@ -26,6 +27,7 @@ PENDING = "forgetting.json"
 CAUSE = "forgotten"
 """Class of failure of a row that is not downloaded, because its pair was forgotten."""
 _DIGEST_BYTES = 16
+_MEND = "bring it back from a copy"
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,10 @@ class Forgotten:
         Raises:
             DataError: If it cannot be read: what it holds must not come back unnoticed.
         """
-        try:
-            entries = Artifact(workspace).find_json(FORGOTTEN)
-            return cls(secrets.token_hex(_DIGEST_BYTES)) if entries is None else parse_record(cls, entries)
-        except DataError as error:
-            raise DataError(f"{workspace}/{FORGOTTEN}: {error}; bring it back from a copy") from None
+        content = Artifact(workspace).find_bytes(FORGOTTEN)
+        if content is None:
+            return cls(secrets.token_hex(_DIGEST_BYTES))
+        return read_record(cls, content, f"{workspace}/{FORGOTTEN}", _MEND)
 
     def write(self, workspace: str) -> None:
         """Replace the file of a workspace."""
@@ -142,9 +143,13 @@ class Pending:
 
     @classmethod
     def read(cls, workspace: str) -> "Pending | None":
-        """The file of a workspace, by its root; None if nothing is to be done."""
-        pending = Artifact(workspace).find_json(PENDING)
-        return None if pending is None else parse_record(cls, pending)
+        """The file of a workspace, by its root; None if nothing is to be done.
+
+        Raises:
+            DataError: If it cannot be read: it alone says which files still hold forgotten rows.
+        """
+        content = Artifact(workspace).find_bytes(PENDING)
+        return None if content is None else read_record(cls, content, f"{workspace}/{PENDING}", _MEND)
 
     def write(self, workspace: str) -> None:
         """Replace the file of a workspace."""
@@ -180,6 +185,5 @@ def require_whole_index(workspace: str, key: str) -> None:
     if pending is not None and pending.has_begun and key in pending.indexes:
         raise StepError(
             f"{workspace}: rows are being forgotten, and index/{key} is not built anew yet; "
-            "finish with: unclip forget --compact --workspace "
-            f"{workspace}"
+            f"finish with: unclip forget --compact --workspace {shlex.quote(workspace)}"
         )

@@ -148,6 +148,24 @@ def parse_record(cls: type[T], data: Any) -> T:
         raise DataError(_first_error(error)) from None
 
 
+def read_record(cls: type[T], content: bytes, file: str, mend: str) -> T:
+    """Build a dataclass from the content of a JSON file; fields that this release does not know are ignored.
+
+    Args:
+        cls: The dataclass.
+        content: The whole file.
+        file: Its URI.
+        mend: What to do about a damaged one.
+
+    Raises:
+        DataError: If it is no JSON, or a field is missing or of the wrong type; names the file and the field.
+    """
+    try:
+        return _adapter(cls).validate_json(content, strict=True)
+    except ValidationError as error:
+        raise DataError(f"{file}: {_first_error(error)}; {mend}") from None
+
+
 def _first_error(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     name = ".".join(str(part) for part in first["loc"])

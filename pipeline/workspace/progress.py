@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
-from pipeline.workspace.manifest import parse_record
+from pipeline.workspace.manifest import read_record
 from pipeline.workspace.store import LIVE, Artifact
 
 PROGRESS = f"{LIVE}progress.json"
@@ -154,9 +154,14 @@ class Progress:
 
 
 def read_progress(artifact: Artifact) -> ProgressState | None:
-    """The newest reading of a step, or None."""
-    state = artifact.find_json(PROGRESS)
-    return None if state is None else parse_record(ProgressState, state)
+    """The newest reading of a step, or None.
+
+    Raises:
+        DataError: If it is damaged; names the file.
+    """
+    content = artifact.find_bytes(PROGRESS)
+    mend = "remove this file, which says only how far the step was"
+    return None if content is None else read_record(ProgressState, content, f"{artifact.uri}/{PROGRESS}", mend)
 
 
 def last_error(artifact: Artifact) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,14 @@ def test_lineage_takes_artifacts_checkpoints_folders_and_keys(recipe: Recipe, tm
     again = trace(f"{recipe.workspace}/prior/{keys['prior']}")
     assert again.nodes[0].state == "unfinished"  # its inputs are known from the recipe's plan
     assert again.nodes[1:] == expected[1:]
+
+
+@pytest.mark.parametrize("content", ["{", '{"workspace": "a"}', "[1]"])
+def test_a_folder_whose_file_is_damaged_or_of_another_program_is_one_sentence(content: str, tmp_path: Path) -> None:
+    (tmp_path / "unclip.json").write_text(content)
+    done = CliRunner().invoke(app, ["lineage", str(tmp_path)])
+    assert isinstance(done.exception, DataError)
+    assert re.match(f"{re.escape(str(tmp_path))}/unclip.json: .*; export the networks again$", str(done.exception))
 
 
 def test_what_leads_nowhere_is_one_sentence(recipe: Recipe, tmp_path: Path) -> None:
