@@ -178,7 +178,8 @@ def main() -> None:
         code = _INTERRUPTED
     if code == _INTERRUPTED:  # typer turns Ctrl-C into this code itself, without a message
         command, *options = sys.argv[1:] or [""]
-        continues = command in _CONTINUED or _CONTINUED_WITH.get(command) in options
+        names = {option.partition("=")[0] for option in options}
+        continues = command in _CONTINUED or _CONTINUED_WITH.get(command) in names
         then = "; what is finished is kept, run the same command again to continue" if continues else ""
         typer.echo(f"interrupted{then}", err=True)
     sys.exit(code)

@@ -51,7 +51,7 @@ def forget(
         raise ConfigError("--compact rewrites files: give it with --delete, or alone to finish what was begun")
     resolved, place = _place(recipe, workspace)
     names, option = names_of(what or []), shlex.join(["--recipe", recipe] if recipe else ["--workspace", place.root])
-    search = None
+    shown, search = shlex.quote(recipe) if recipe else "RECIPE", None
     with locked_workspace(place, print_warning) as lock:
         if names:
             from pipeline.forget import forget as forgetting
@@ -65,7 +65,7 @@ def forget(
         print_json(_as_json(search, done, is_forgotten=delete))
         return ()
     if search is not None:
-        _print_search(search, recipe or "RECIPE", place.root, is_forgotten=delete)
+        _print_search(search, shown, place.root, is_forgotten=delete)
         if done is None:
             _print_removals(search.pending, "is removed with --compact, or by the next run")
     if done is not None:
@@ -77,7 +77,7 @@ def forget(
         return (f"unclip forget --compact {option}",)
     elif search is not None and (search.rows or search.pending.removals):
         return (f"unclip forget {shlex.join(what or [])} {option} --delete --compact",)
-    return (f"unclip plan {shlex.quote(recipe) if recipe else 'RECIPE'}",)
+    return (f"unclip plan {shown}",)
 
 
 def _place(recipe: str, workspace: str) -> tuple[Recipe | None, Workspace]:

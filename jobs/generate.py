@@ -107,7 +107,8 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None, address: RayAddres
     resolved = load_recipe(recipe, overrides or [])
     workspace, steps = Workspace(resolved.workspace), make_plan(resolved, until="evaluate")
     statuses = plan_status(workspace, steps)
-    watcher = Watcher(statuses)
+    words = recipe_words(recipe, overrides)
+    watcher = Watcher(statuses, recipe=words)
     try:
         run_recipe(resolved, statuses, watcher, address=address)
     finally:
@@ -116,7 +117,6 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None, address: RayAddres
     metrics = artifact.read_json("metrics.json")
     from pipeline.report.report import format_metrics, update_report
 
-    words = recipe_words(recipe, overrides)
     report = update_report(workspace, make_plan(resolved), resolved, words)
     if json:
         print_json(metrics)

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import shlex
 import sys
 import time as clock
 from typing import Annotated, Any
@@ -93,7 +94,7 @@ def plan(
     for status in statuses:
         why = "; ".join(status.reasons)
         typer.echo(f"{status.step.name:<17} {status.step.key}  {status.state:<8} {why}".rstrip())
-    for note in [*unseen_inputs(resolved), *passing_inputs(resolved), *_forgotten_notes(workspace, statuses)]:
+    for note in [*unseen_inputs(resolved), *passing_inputs(resolved), *_forgotten_notes(workspace, statuses, words)]:
         typer.echo(note)
     typer.echo(f"{len(todo)} of {len(statuses)} steps to run: {', '.join(todo)}" if todo else "nothing to do")
     typer.echo(describe_workspace(workspace))
@@ -134,20 +135,21 @@ def _mermaid(statuses: list[StepStatus]) -> str:
     return "\n".join(lines)
 
 
-def _forgotten_notes(workspace: Workspace, statuses: list[StepStatus]) -> list[str]:
+def _forgotten_notes(workspace: Workspace, statuses: list[StepStatus], words: str) -> list[str]:
     """A sentence if rows wait to leave the files, and for each network that was trained on forgotten pairs."""
     forgotten, notes = Forgotten.read(workspace.root), list[str]()
     if Pending.read(workspace.root) is not None:
-        notes.append("forgotten rows leave the files when a run starts, or with: unclip forget --compact")
+        compact = f"unclip forget --compact --workspace {shlex.quote(workspace.root)}"
+        notes.append(f"forgotten rows leave the files when a run starts, or with: {compact}")
     trained = {
         item.step.name: count for item in statuses if item.manifest and (count := forgotten.trained_on(item.manifest))
     }
     for name, count in trained.items():
-        made = dependents([item.step for item in statuses], name)
-        node_s = sum(item.manifest.node_s for item in statuses if item.manifest and item.step.name in made)
+        again = dependents([item.step for item in statuses], name)
+        node_s = sum(item.manifest.node_s for item in statuses if item.manifest and item.step.name in again)
         notes.append(
-            f"{name}: was trained on {count} pairs that are forgotten; `run --from {name} --force` makes it and what "
-            f"is made from it anew, which took {duration(node_s)} of machines"
+            f"{name}: was trained on {count} pairs that are forgotten; `unclip run {words} --from {name} --force` "
+            f"makes it and what is made from it anew, which took {duration(node_s)} of machines"
         )
     return notes
 

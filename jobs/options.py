@@ -48,13 +48,18 @@ def recipe_words(recipe: str, overrides: list[str] | None) -> str:
     return shlex.join([recipe, *(word for override in overrides or [] for word in ("--set", override))])
 
 
+def with_recipe(text: str, words: str) -> str:
+    """A text whose proposed commands have these words of a recipe in the place of RECIPE."""
+    return _OF_RECIPE.sub(lambda command: f"{command[1]} {words}", text)
+
+
 @contextlib.contextmanager
 def proposing(words: str) -> Generator[None]:
     """Inside the block, the commands that errors propose have these words of a recipe in the place of RECIPE."""
     try:
         yield
     except UnclipError as error:
-        error.args = (_OF_RECIPE.sub(lambda command: f"{command[1]} {words}", str(error)),)
+        error.args = (with_recipe(str(error), words),)
         raise
 
 

@@ -20,6 +20,7 @@ from jobs.options import (
     print_json,
     print_measured,
     print_warning,
+    proposing,
     recipe_words,
     with_options,
 )
@@ -92,7 +93,8 @@ def _time_of(path: str, *, is_measured: bool) -> str:
         if not is_measured:
             from pipeline.timing.run_time import measure_run
 
-            measure_run(recipe, statuses, print_measured)
+            with proposing(shlex.quote(path)):
+                measure_run(recipe, statuses, print_measured)
     except UnclipError as error:
         return f"not known: {error}"
     remaining = status_remaining(recipe, statuses)
@@ -158,7 +160,7 @@ def run(
         from pipeline.runtime.follow import TablePublisher
         from pipeline.runtime.run import run_recipe
 
-        watcher = Watcher(before, TablePublisher(job) if job else None)
+        watcher = Watcher(before, TablePublisher(job) if job else None, recipe=words)
         try:
             run_recipe(resolved, before, watcher, address=address, retry_failed=retry_failed, force=forced)
         finally:

@@ -10,6 +10,7 @@ from typing import Any, Self, TextIO
 import typer
 
 from jobs.board import Board, LiveLines
+from jobs.options import with_recipe
 from pipeline.errors import DataError
 from pipeline.recipe.estimate import Remaining
 from pipeline.recipe.plan import Step, StepStatus
@@ -35,9 +36,16 @@ class Watcher:
     Args:
         statuses: The steps of the run, and where they stand.
         publish: Receives the table, as ``Board.to_json`` writes it, for those who follow the run from elsewhere.
+        recipe: The recipe as words of a command, for what is proposed.
     """
 
-    def __init__(self, statuses: Sequence[StepStatus] = (), publish: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self,
+        statuses: Sequence[StepStatus] = (),
+        publish: Callable[[str], None] | None = None,
+        *,
+        recipe: str = "RECIPE",
+    ) -> None:
         self._start = time.monotonic()
         self._states: dict[str, str] = {}
         self._waiting = [status.step.name for status in statuses if status.state != "done"]
@@ -47,7 +55,7 @@ class Watcher:
         self._drawn_at = float("-inf")
         self._lines = LiveLines(sys.stderr)
         self._rest: Remaining | None = None
-        self._publish = publish
+        self._publish, self._recipe = publish, recipe
 
     def started(self, step: Step) -> None:
         """A step was submitted to Ray."""
@@ -74,7 +82,7 @@ class Watcher:
     def remaining(self, rest: Remaining) -> None:
         """The time to go of the whole run was estimated again."""
         if self._rest is None:
-            self._print(f"run: {rest.explain('RECIPE')}")
+            self._print(f"run: {rest.explain(self._recipe)}")
         self._rest = rest
 
     def finished(self, step: Step, manifest: Manifest) -> None:
@@ -91,7 +99,7 @@ class Watcher:
 
     def warned(self, message: str) -> None:
         """Something went wrong that does not stop the run."""
-        self._print(f"warning: {message}")
+        self._print(f"warning: {with_recipe(message, self._recipe)}")
 
     def close(self) -> None:
         """Remove the table."""

@@ -1,5 +1,6 @@
 """Forgets pairs: at once in every index and for all that comes later, and then in the files that hold their rows."""
 
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -153,5 +154,5 @@ def _require_unread(workspace: Workspace, pending: Pending) -> None:
         if owner := used.get((step, key)):
             raise StepError(
                 f"{step}/{key} holds rows that are to be forgotten, and is in use by {owner}; end it, then: "
-                f"unclip forget --compact --workspace {workspace.root}"
+                f"unclip forget --compact --workspace {shlex.quote(workspace.root)}"
             )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import time
 from pathlib import Path
 
@@ -269,7 +270,7 @@ def test_the_command_says_what_no_run_makes_anew(capsys: pytest.CaptureFixture[s
 
 
 def test_the_command_counts_first_then_forgets_and_plan_names_the_networks(made: Made, tmp_path: Path) -> None:
-    recipe = tmp_path / "recipe.toml"
+    recipe = tmp_path / "my recipe.toml"
     recipe.write_text(tomli_w.dumps(without_none(to_dict(made.recipe))))
     (tmp_path / "names.txt").write_text(f"{BY_URL}\n\nhttp://nowhere/\n")
     _answers(made.workspace, "one", {"uid": made.uids[BY_URL]})
@@ -283,11 +284,11 @@ def test_the_command_counts_first_then_forgets_and_plan_names_the_networks(made:
     done = unclip_here(*words, "--delete")
     assert "search            one  is removed with --compact, or by the next run: shows such a pair" in done.stdout
     assert "1 pairs of 2 names: forgotten" in done.stdout
-    assert f"unclip run {recipe} --from clip --force" in done.stdout
+    assert f"unclip run '{recipe}' --from clip --force" in done.stdout
     assert "not in the workspace: http://nowhere/; it will not be taken" in done.stderr
     plan = unclip_here("plan", str(recipe)).stdout
-    assert "prior: was trained on 1 pairs that are forgotten" in plan
-    assert "unclip forget --compact" in plan
+    assert f"prior: was trained on 1 pairs that are forgotten; `unclip run '{recipe}' --from prior --force`" in plan
+    assert f"or with: unclip forget --compact --workspace {shlex.quote(made.workspace.root)}\n" in plan
     rows = {row["step"]: row["forgotten_pairs"] for row in unclip_json("plan", str(recipe))}
     assert (rows["clip"], rows["embed"]) == (1, 0)
     assert unclip_here("forget", "--recipe", str(recipe)).returncode == 2

@@ -14,8 +14,9 @@ from typing import Any, get_type_hints
 import pytest
 from typer.main import get_command
 
-from jobs import cli, inspect
+from jobs import cli, inspect, start
 from jobs.options import Next
+from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import Recipe
 from tests.ports import free_port
 from tests.tiny.command import ROOT, unclip_here
@@ -178,6 +179,7 @@ def test_submit_hands_on_its_options_and_keeps_json_apart_from_the_log(monkeypat
         (["run", "a.toml"], True),
         (["ablate", "a.toml"], True),
         (["search", "--queries", "a.txt"], True),
+        (["search", "a.toml", "--queries=a.txt"], True),
         (["search", "a.toml", "a dog"], False),
         (["forget", "--compact"], True),
         (["forget", "a.txt"], False),
@@ -209,6 +211,23 @@ def test_an_interrupted_follower_says_that_the_job_goes_on(monkeypatch: pytest.M
         "`unclip stop demo-1 --address http://h:1` ends it",
         "interrupted",
     ]
+
+
+def test_a_new_recipe_that_cannot_be_measured_proposes_commands_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.timing import run_time
+
+    def measure(*_: object) -> None:
+        raise ConfigError("no CLIP; load it first: unclip run RECIPE --until clip, or `unclip plan RECIPE --cost`")
+
+    monkeypatch.setattr(run_time, "measure_run", measure)
+    recipe = str(write_recipe(tmp_path, port=1).rename(tmp_path / "my own.toml"))
+    text = start._time_of(recipe, is_measured=False)
+    assert (
+        text
+        == f"not known: no CLIP; load it first: unclip run '{recipe}' --until clip, or `unclip plan '{recipe}' --cost`"
+    )
 
 
 _RUN = [

@@ -48,7 +48,7 @@ _READING = ProgressState(50, 100, "steps", 0.5, 100.0, "", 100.0, 0.0)
 
 
 def _watch_run(rest: Remaining) -> None:
-    watcher = Watcher()
+    watcher = Watcher(recipe="my.toml --set seed=2")
     watcher.remaining(rest)
     watcher.started(_DECODER)
     watcher.remaining(rest)
@@ -90,8 +90,15 @@ def test_a_run_names_the_steps_of_unknown_time_once(
     monkeypatch.setattr(watch, "_EVERY_S", -1.0)
     _watch_run(Remaining({"decoder": Span(0, 60)}, ("evaluate",)))
     first, _, last = capsys.readouterr().err.splitlines()
-    assert first.endswith("run: at least 60 s to go besides evaluate; `unclip plan RECIPE --time` measures it")
+    assert first.endswith(
+        "run: at least 60 s to go besides evaluate; `unclip plan my.toml --set seed=2 --time` measures it"
+    )
     assert last.endswith("2 min to go; run: at least 60 s to go")
+
+
+def test_what_a_warning_proposes_is_for_the_recipe_as_it_was_typed(capsys: pytest.CaptureFixture[str]) -> None:
+    Watcher(recipe="my.toml").warned("the alias champion comes by `unclip promote RECIPE`")
+    assert capsys.readouterr().err.endswith("warning: the alias champion comes by `unclip promote my.toml`\n")
 
 
 class _Terminal(io.StringIO):
