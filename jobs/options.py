@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.errors import ConfigError, UnclipError
+from pipeline.recipe.last_run import PLAN
 from pipeline.recipe.steps import STEP_ROWS
 from pipeline.workspace.store import Workspace
 
@@ -74,8 +75,16 @@ def with_options(command: str, options: Mapping[str, str | bool]) -> str:
 
 def describe_workspace(workspace: Workspace) -> str:
     """Where the artifacts of a recipe are: a relative path depends on the folder where a person stands."""
-    is_empty = all(name.startswith(".") for name in workspace.keys(""))
-    return f"workspace {workspace.root}{' (nothing is there yet)' if is_empty else ''}"
+    return f"workspace {workspace.root}{'' if has_run(workspace) else ' (nothing is there yet)'}"
+
+
+def has_run(workspace: Workspace) -> bool:
+    """Whether a run has written to a workspace; `init` and `plan --time` keep only times there."""
+    names = {*workspace.keys("")}
+    if not STEP_ROWS.keys().isdisjoint(names):
+        return True
+    recipes = workspace.keys("recipes") if "recipes" in names else []
+    return any(workspace.artifact("recipes", name).exists(PLAN) for name in recipes)
 
 
 def require_workspace(workspace: Workspace) -> None:
@@ -85,7 +94,7 @@ def require_workspace(workspace: Workspace) -> None:
         ConfigError: If there is none, or its store does not answer.
     """
     workspace.check()
-    if not {"recipes", *STEP_ROWS} & {*workspace.keys("")}:
+    if not has_run(workspace):
         raise ConfigError(f"{workspace.root}: no workspace is here; relative paths start at the folder where you are")
 
 
