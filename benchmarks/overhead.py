@@ -65,6 +65,9 @@ class Watch:
     def remaining(self, rest: Remaining) -> None:
         """Not looked at."""
 
+    def reported(self, message: str) -> None:
+        """Not looked at."""
+
     def warned(self, message: str) -> None:
         """Shown."""
         print(message)

@@ -97,6 +97,10 @@ class Watcher:
         self._states.pop(step.name, None)
         self._waiting = [name for name in self._waiting if name not in dependents]
 
+    def reported(self, message: str) -> None:
+        """How far work is that is of no step."""
+        self._print(message)
+
     def warned(self, message: str) -> None:
         """Something went wrong that does not stop the run."""
         self._print(f"warning: {with_recipe(message, self._recipe)}")

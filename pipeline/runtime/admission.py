@@ -30,7 +30,7 @@ Admission = Callable[[StepContext, Collection[StepContext]], bool]
 """(step, submitted steps) -> whether to submit it now."""
 
 
-def require_room(recipe: Recipe, steps: Collection[str]) -> None:
+def require_room(recipe: Recipe, steps: Collection[str], *, is_long_list: bool = False) -> None:
     """Refuse steps for whose workers our own Ray, which no machine joins, would wait without end.
 
     A short list of pairs is read without workers, and a pretrained CLIP is loaded without: these steps are not refused.
@@ -38,11 +38,13 @@ def require_room(recipe: Recipe, steps: Collection[str]) -> None:
     Args:
         recipe: The recipe.
         steps: Names of the steps that are to run.
+        is_long_list: Whether workers read the list of pairs, so that this step is refused, too.
 
     Raises:
         StepError: Names all such steps, what their workers ask for, and the fields that say so.
     """
-    has_roles, without = cluster_has_roles(), {"pairs", "clip" if recipe.clip.source == "pretrained" else ""}
+    has_roles, without = cluster_has_roles(), {"clip" if recipe.clip.source == "pretrained" else ""}
+    without |= set() if is_long_list else {"pairs"}
     lacks, fields, amounts = list[str](), list[str](), set[str]()
     for name in steps:
         section = getattr(recipe, name)

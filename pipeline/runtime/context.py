@@ -21,6 +21,8 @@ class StepContext:
     """Class of the download's failures that are tried again; empty: none."""
     notice: str = field(default="", kw_only=True)
     """Why the step begins again, for people; empty: it does not."""
+    can_grow: bool = field(default=True, kw_only=True)
+    """Whether machines may join the Ray on which it runs."""
     attempt: str = field(default="", kw_only=True)
     """Which start of a training this is; empty: none that another one may follow."""
 

@@ -34,17 +34,20 @@ class Observer(Protocol):
     def failed(self, step: Step, dependents: Collection[str]) -> None:
         """A step failed, and the waiting steps ``dependents``, which are made from it, are not run."""
 
+    def reported(self, message: str) -> None:
+        """How far work is that is of no step, such as a takedown."""
+
     def warned(self, message: str) -> None:
         """Something went wrong that does not stop the run."""
 
 
 class Forecast:
-    """Tells the observer the time to go of the whole run, every few seconds.
+    """Gives the observer the time to go of the whole run, every few seconds.
 
     Args:
         recipe: The recipe.
         steps: The steps that are not done.
-        observer: Who is told.
+        observer: Receives it.
         can_grow: Whether machines may join, so that the resources are asked for again each time. A Ray of this run's
             own has those of this machine; asking it would hang for a minute if it were killed at that moment.
     """

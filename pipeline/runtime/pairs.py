@@ -1,5 +1,6 @@
 """The pairs step: a small source in this process, a large one with several workers."""
 
+from pipeline.runtime.admission import require_room
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.pool import ShardJob, map_shards
 from pipeline.workspace.forgotten import Forgotten
@@ -8,7 +9,12 @@ from pipeline.workspace.progress import Progress
 
 
 def run_pairs(context: StepContext) -> StepResult:
-    """Write the list of pairs; several workers share the tasks of each phase, if there is more than one task."""
+    """Write the list of pairs; several workers share the tasks of each phase, if there is more than one task.
+
+    Raises:
+        DataError: See ``PairsMaker``.
+        StepError: If several are to work, and this machine has no room for one.
+    """
     progress = Progress(context.output)
     from pipeline.data.drawn import EVALUATION, write_evaluation
     from pipeline.data.make_pairs import READ, PairsMaker
@@ -27,6 +33,8 @@ def run_pairs(context: StepContext) -> StepResult:
         missing = [name for name in names if name not in records]
         # The rows that max_pairs leaves to a piece depend on those before it.
         if len(missing) > 1 and resources.num_workers > 1 and not recipe.pairs.max_pairs:
+            if not context.can_grow:
+                require_room(recipe, ["pairs"], is_long_list=True)
             map_shards(context, ShardJob(PairsWorker, names, num_rows, resources))
             num_workers = resources.num_workers
         else:

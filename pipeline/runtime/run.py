@@ -12,7 +12,7 @@ from pipeline.data.retries import NONE, ask_retry, give_up_retries, waiting_retr
 from pipeline.errors import ConfigError, DataError, UnclipError
 from pipeline.recipe.garbage import read_artifacts
 from pipeline.recipe.last_run import renew_last_run, write_last_run
-from pipeline.recipe.plan import StepStatus, artifact_of, dependents, passing_inputs, plan_status
+from pipeline.recipe.plan import StepStatus, artifact_of, dependents, make_plan, passing_inputs, plan_status
 from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.admission import Admission, Waits, at_once, fits_now, require_room
 from pipeline.runtime.connection import are_alive, connect, own_servers, require_alive
@@ -80,11 +80,12 @@ def run_recipe(
         watched_head(address, observer.warned),
     ):
         if not address:
-            require_room(recipe, _names_to_run(statuses, retry_failed, force))
+            names = [*_names_to_run(statuses, retry_failed, force), *_index_to_compact(recipe, workspace)]
+            require_room(recipe, list(dict.fromkeys(names)))
         write_last_run(recipe)
         note_run(workspace.root)
         may_start = at_once if address else fits_now
-        if work := finish_forgetting(workspace, lock.check, observer.warned, recipe):
+        if work := finish_forgetting(workspace, lock.check, observer.reported, recipe):
             for step, key in work.removals:
                 observer.warned(f"{step}/{key} is removed: it had pairs that are forgotten, or may have had")
             statuses = plan_status(workspace, [status.step for status in statuses])
@@ -107,6 +108,14 @@ def _names_to_run(statuses: Sequence[StepStatus], retry_failed: str = "", force:
     """Names of the steps that are not done, or are to be tried again or made anew."""
     again = {*force, *(["download"] if retry_failed not in {"", NONE} else [])}
     return [status.step.name for status in statuses if status.state != "done" or status.step.name in again]
+
+
+def _index_to_compact(recipe: Recipe, workspace: Workspace) -> list[str]:
+    """The recipe's index, by its step's name, if it is built anew because rows that are forgotten leave it."""
+    pending = Pending.read(workspace.root)
+    if pending is None or not pending.indexes:
+        return []
+    return [step.name for step in make_plan(recipe) if step.name == "index" and step.key in pending.indexes]
 
 
 def _run_steps(
@@ -133,7 +142,7 @@ def _run_steps(
             machines.look()
             lock.check()
             for step in [step for step in waiting if set(step.inputs) <= done]:
-                context = StepContext(recipe, step, workspace.root, retry_failed=retry_failed)
+                context = StepContext(recipe, step, workspace.root, retry_failed=retry_failed, can_grow=not servers)
                 if not may_start(context, running.values()):
                     continue
                 waiting.remove(step)
@@ -154,9 +163,9 @@ def _run_steps(
                     manifest = commit_step(context, result_of(reference, context, late), tracking)
                 except UnclipError as error:  # what is not made from it goes on
                     machines.look(wait_s=LONGEST_LOOK_S)  # one that has just come may be why
-                    lost = dependents(waiting, context.step.name)
-                    waiting = [step for step in waiting if step.name not in lost]
-                    observer.failed(context.step, lost)
+                    behind = dependents(waiting, context.step.name)
+                    waiting = [step for step in waiting if step.name not in behind]
+                    observer.failed(context.step, behind)
                     failures.append(_noted(error, context, tracking, observer if waiting or running else None))
                 else:
                     done.add(context.step.name)
@@ -179,8 +188,8 @@ def _end_trainings(running: dict[Any, StepContext], observer: Observer, tracking
 
     Args:
         running: The running steps, by Ray's reference; those that end are taken out.
-        observer: Is told.
-        tracking: Is told.
+        observer: Receives what ends, and why it does.
+        tracking: Receives what fails.
         lock: The workspace's.
     """
     servers = own_servers()
@@ -219,8 +228,8 @@ def _readings(
 
     Args:
         running: The running steps.
-        observer: Is told, and warned once why a step begins again.
-        tracking: Is told.
+        observer: Receives them, and once why a step begins again.
+        tracking: Receives what the steps have measured.
         notices: What the observer was warned of last, by step.
     """
     readings: dict[str, ProgressState] = {}
@@ -237,7 +246,7 @@ def _readings(
 
 
 def _noted(error: UnclipError, context: StepContext, tracking: Tracking, observer: Observer | None) -> UnclipError:
-    """Write why a step failed, for `unclip status`; the observer is told at once if other steps go on."""
+    """Write why a step failed, for `unclip status`; the observer receives it at once if other steps go on."""
     if observer is not None:
         observer.warned(f"{error}; the steps that do not read it go on")
     if not context.output.exists(ERROR):

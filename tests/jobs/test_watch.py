@@ -101,6 +101,11 @@ def test_what_a_warning_proposes_is_for_the_recipe_as_it_was_typed(capsys: pytes
     assert capsys.readouterr().err.endswith("warning: the alias champion comes by `unclip promote my.toml`\n")
 
 
+def test_how_far_a_takedown_is_is_no_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    Watcher().reported("forgotten rows leave download: 12 of 100 shards are rewritten")
+    assert capsys.readouterr().err == "  0:00  forgotten rows leave download: 12 of 100 shards are rewritten\n"
+
+
 class _Terminal(io.StringIO):
     """A terminal that knows the codes of ``LiveLines``; ``screen`` is what a person sees."""
 

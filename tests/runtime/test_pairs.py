@@ -1,6 +1,7 @@
 """The pairs step with several workers: its tasks, its pool, and shards that are taken in as they are."""
 
 import io
+import re
 import tarfile
 from collections import deque
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import tomli_w
 
 from pipeline.data import duplicates, sources
 from pipeline.data.make_pairs import PairsMaker
 from pipeline.data.pairs import Pairs
 from pipeline.data.shards import good_samples
+from pipeline.errors import StepError
 from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.recipe.recipe import load_recipe, parse_recipe
 from pipeline.runtime import pool
@@ -95,6 +98,27 @@ def test_several_workers_share_a_list_that_is_compared_in_groups(
     assert len(compared) == 4
     assert add_counts(compared) == {"in": 400, "ok": 200, "duplicate": 200}
     assert max(shown) == 400
+
+
+@pytest.mark.parametrize(("can_grow", "num_workers"), [(False, 2), (True, 2), (False, 1)])
+def test_a_long_list_is_refused_where_its_workers_would_wait_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, can_grow: bool, num_workers: int
+) -> None:
+    has = {"CPU": 2.0}
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": has, "Labels": {}}])
+    monkeypatch.setattr(ray, "cluster_resources", lambda: has)
+    monkeypatch.setattr(pool, "_Pool", _PoolHere)
+    monkeypatch.setattr(sources, "PIECE_BYTES", 1)
+    _write_list(tmp_path / "list")
+    resources = {"num_workers": num_workers, "cpus_per_worker": 64.0}
+    pairs = {"source": "list", "path": str(tmp_path / "list"), "resources": resources}
+    recipe = parse_recipe(tiny_tables(tmp_path / "w", pairs=pairs))
+    context = StepContext(recipe, make_plan(recipe)[0], recipe.workspace, can_grow=can_grow)
+    if can_grow or num_workers == 1:
+        assert run_pairs(context).counts["in"] == 400
+        return
+    with pytest.raises(StepError, match=re.escape("pairs needs 1 x 64 CPU: this machine has 2 CPU and 0 GPU")):
+        run_pairs(context)
 
 
 def test_the_progress_of_one_process_counts_the_pieces_before_this_one(

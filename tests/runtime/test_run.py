@@ -25,7 +25,7 @@ from pipeline.runtime.connection import connect
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.tracking.run import Tracking
 from pipeline.workspace.forgotten import Pending
-from pipeline.workspace.lock import in_use
+from pipeline.workspace.lock import in_use, locked_workspace
 from pipeline.workspace.manifest import ShardRecord, content_of
 from pipeline.workspace.progress import Progress, read_progress
 from pipeline.workspace.store import INPUTS, MANIFEST, Artifact, Workspace
@@ -238,6 +238,23 @@ def test_a_run_that_has_no_room_changes_nothing_that_is_finished(
     assert waiting_retries(context.output) == []
 
 
+@pytest.mark.parametrize("is_own", [True, False])
+def test_a_run_that_only_has_a_takedown_to_finish_needs_room_for_its_own_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_own: bool
+) -> None:
+    steps = _contexts(tmp_path, "tracking.uri=off")
+    recipe, workspace = steps["index"].recipe, Workspace(str(tmp_path))
+    Pending(indexes=(steps["index"].step.key if is_own else "0" * 16,)).write(workspace.root)
+    _without_ray(monkeypatch, rooms := list[list[str]](), StepError("no room"))
+    with pytest.raises(StepError, match="no room"):
+        run.run_recipe(recipe, [], cast("Any", SimpleNamespace(warned=pytest.fail)))
+    assert rooms == [["index"] if is_own else []]
+    with locked_workspace(workspace, pytest.fail):
+        pending = Pending.read(workspace.root)
+    assert pending is not None
+    assert not pending.has_begun
+
+
 def test_a_retry_that_was_stopped_can_be_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = _download_of_two_lists(tmp_path, is_new=False)
     context = steps["download"]
@@ -245,7 +262,7 @@ def test_a_retry_that_was_stopped_can_be_given_up(tmp_path: Path, monkeypatch: p
     run._reopened(workspace, plan_status(workspace, both)[1], "http")
     statuses, warnings, started = plan_status(workspace, both), list[str](), list[str]()
     assert [status.state for status in statuses] == ["done", "partial"]
-    observer: Any = SimpleNamespace(warned=warnings.append)
+    observer: Any = SimpleNamespace(warned=warnings.append, reported=pytest.fail)
     run._tell_retries(workspace, statuses, "", observer)
     assert "`--retry-failed none` gives that up" in warnings.pop()
 
