@@ -13,6 +13,11 @@ what to do; a command that they propose has the word RECIPE, in whose place the 
 from typing import ClassVar
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's words, for a message to people; its class if it has none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 class UnclipError(Exception):
     """Base of these errors; it holds only its message, so that it can be pickled between processes."""
 

@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from pipeline.allocator import is_out_of_memory
-from pipeline.clip.inputs import ClipInputs, first_line, inputs_of
+from pipeline.clip.inputs import ClipInputs, inputs_of
 from pipeline.clip.library import add_timm, open_clip
 from pipeline.clip.model import OpenClip, build_clip, wrap_clip
+from pipeline.errors import first_line
 from pipeline.pictures import Framing
 
 CONFIG_FILE = "open_clip_config.json"
@@ -141,7 +142,7 @@ def load_pretrained(name: str, pretrained: str | None = None) -> OpenClip:
         weights = f" with weights {pretrained!r}" if pretrained else ""
         message = (
             f"CLIP {name!r}{weights} could not be loaded through open_clip. Without a network, download it once "
-            f"and give 'local-dir:/folder' or a weights file. Reason: {first_line(error)}"
+            f"and give 'local-dir:/folder' or a weights file. Reason: {type(error).__name__}: {first_line(error)}"
         )
         raise ValueError(message) from error
     assert model_config is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from pipeline.clip.library import open_clip
 from pipeline.clip.tokenizer import ClipTokenizer
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, first_line
 from pipeline.pictures import Framing
 
 _MAX_CAPTION_CHARS = 2048
@@ -54,12 +55,13 @@ class ClipInputs:
         except ImportError as error:
             raise ConfigError(
                 f"clip: the tokenizer {text['hf_tokenizer_name']} is from Hugging Face and needs the package "
-                f"{error.name or 'transformers'}, which is not installed: pip install 'unclip[hf]'"
+                f"{error.name or 'transformers'}, which is not installed: {sys.executable} -m pip install 'unclip[hf]'"
             ) from error
         except Exception as error:  # transformers, the hub client and the socket each raise their own
             raise ConfigError(
                 f"clip: the tokenizer {text['hf_tokenizer_name']} of {self.source} cannot be loaded; without a network "
-                f"its tokenizer.json and tokenizer_config.json must be in the CLIP's folder. {first_line(error)}"
+                f"its tokenizer.json and tokenizer_config.json must be in the CLIP's folder. {type(error).__name__}: "
+                f"{first_line(error)}"
             ) from error
 
     def tokenize(self, captions: Sequence[str]) -> Int[Tensor, "B L"]:
@@ -138,11 +140,6 @@ def named_context_length(name: str) -> int:
     """Context length of an open_clip model or folder; 77, which nearly all have, if this machine does not know it."""
     config = open_clip.get_model_config(name) if not name.startswith("hf-hub:") else None
     return int((config or {}).get("text_cfg", {}).get("context_length", 77))
-
-
-def first_line(error: Exception) -> str:
-    """Class and first line of an error, for a message to people."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 @lru_cache(maxsize=4)

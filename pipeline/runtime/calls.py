@@ -4,7 +4,7 @@ Ray gives up a machine that does not answer within seconds, but waits for a task
 minutes. So the task says first where it runs, and whoever waits for it looks whether that machine is still there. Until
 it has said so, it is submitted again as soon as any machine has gone: it may have been on its way there.
 
-An actor's end is told at once, as in ``pool.py``; but an actor never gets a process that has loaded torch already.
+An actor's end is seen at once, as in ``pool.py``; but an actor never gets a process that has loaded torch already.
 """
 
 from collections.abc import Callable, Generator
@@ -13,7 +13,7 @@ from typing import Any
 import ray
 import ray.exceptions
 
-from pipeline.errors import StepError
+from pipeline.errors import StepError, first_line
 from pipeline.runtime.placement import living_machines
 from pipeline.runtime.worker_logs import logged
 
@@ -61,7 +61,7 @@ def call(function: Callable[..., Any], *arguments: Any, options: dict[str, Any])
             raise
         except ray.exceptions.RayError as error:
             if isinstance(error, ray.exceptions.NodeDiedError) or (machine and machine not in living_machines()):
-                raise MachineLostError(_first_line(error)) from None
+                raise MachineLostError(first_line(error)) from None
             raise
         if machine:
             return value
@@ -83,14 +83,8 @@ def call_again(function: Callable[..., Any], *arguments: Any, options: dict[str,
         except (MachineLostError, ray.exceptions.RayError) as error:
             if losses == max_retries:
                 name = options.get("name", function.__name__)
-                raise StepError(
-                    f"{name}: lost its worker {losses + 1} times; last time: {_first_line(error)}"
-                ) from None
+                raise StepError(f"{name}: lost its worker {losses + 1} times; last time: {first_line(error)}") from None
     raise AssertionError
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @ray.remote

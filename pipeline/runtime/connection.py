@@ -14,7 +14,7 @@ import psutil
 import ray
 from ray._private.worker import global_worker
 
-from pipeline.errors import StepError, UnclipError
+from pipeline.errors import StepError, UnclipError, first_line
 from pipeline.recipe.schedule import logical_cpus
 from pipeline.runtime.placement import DISK
 from pipeline.workspace.cache import free_bytes, recipe_variables
@@ -70,7 +70,7 @@ def connect(address: str = "") -> Generator[None]:
             # It sends what workers print to drivers that ask for it, as ours do not, and took 2 % of a core.
             cast(Any, global_worker.node).kill_log_monitor(check_alive=False)
     except Exception as error:  # noqa: BLE001  (Ray itself raises a bare Exception when a busy machine starts it slowly)
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = first_line(error)
         if address:
             raise StepError(f"no Ray cluster at {address}: {reason}") from None
         raise StepError(f"Ray did not start on this machine: {reason} Run again; finished work is kept") from None

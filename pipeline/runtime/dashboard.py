@@ -11,7 +11,7 @@ from ray._private.authentication.authentication_token_setup import maybe_enable_
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
-from pipeline.errors import ConfigError, StepError
+from pipeline.errors import ConfigError, StepError, first_line
 from pipeline.runtime.connection import PUT_TOKEN
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
@@ -67,7 +67,7 @@ def dashboard_client(address: str) -> tuple[JobSubmissionClient, str]:
     except AuthenticationError:
         raise StepError(f"the cluster at {url} asks for its token: {PUT_TOKEN}") from None
     except (ConnectionError, RuntimeError, KeyError, ValueError, requests.exceptions.RequestException) as error:
-        raise StepError(f"{no_answer} ({str(error).splitlines()[0]})") from None
+        raise StepError(f"{no_answer} ({first_line(error)})") from None
 
 
 def _client(url: str) -> JobSubmissionClient:

@@ -25,7 +25,7 @@ import requests
 from ray.dashboard.modules.job.pydantic_models import JobDetails
 from ray.job_submission import JobSubmissionClient
 
-from pipeline.errors import ConfigError, StepError
+from pipeline.errors import ConfigError, StepError, first_line
 from pipeline.recipe.paths import with_absolute_paths
 from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import Recipe, to_dict
@@ -246,7 +246,7 @@ def _retrying(start: Callable[[], Any], job_id: str) -> bool:
             if "already exists" in text or "already been used" in text:
                 return False
             if "No available agent" not in text or time.monotonic() > deadline:
-                raise StepError(f"job {job_id} was not accepted: {text.splitlines()[0]}") from None
+                raise StepError(f"job {job_id} was not accepted: {first_line(error)}") from None
             time.sleep(1)
         else:
             return True

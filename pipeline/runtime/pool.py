@@ -15,7 +15,7 @@ from typing import Any, Protocol, cast
 import ray
 import ray.exceptions
 
-from pipeline.errors import StepError, UnclipError
+from pipeline.errors import StepError, UnclipError, first_line
 from pipeline.recipe.sections import TaskResources
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.placement import cluster_has_roles, describe, unoffered, worker_options
@@ -272,7 +272,7 @@ class _Pool:
             shard = self._running[reference].shard
             raise _explain(error, shard) from (None if isinstance(error.cause, UnclipError) else error)
         except ray.exceptions.RayError as error:
-            return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            return f"{type(error).__name__}: {first_line(error)}"
 
     def _silent(self) -> dict[Any, _Running]:
         """The shards of which nothing came for too long, after another look at all."""

@@ -6,6 +6,7 @@ Without ``serve.traces`` nothing is recorded, and opentelemetry is not imported.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Generator
 from concurrent.futures import Future
@@ -44,7 +45,7 @@ def open_traces(endpoint: str, service: str, spans: Counter | None = None) -> Tr
         from pipeline.serve.otlp import Traces
     except ImportError as error:
         raise ConfigError(
-            f"serve.traces: no module {error.name or 'opentelemetry'}: pip install 'unclip[traces]'"
+            f"serve.traces: no module {error.name or 'opentelemetry'}: {sys.executable} -m pip install 'unclip[traces]'"
         ) from None
     return Traces(endpoint, service or "unclip", spans)
 

@@ -6,6 +6,7 @@ sentence: a package, a credential, a bucket or an endpoint that is missing.
 """
 
 import functools
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -79,7 +80,7 @@ class ObjectStore:
         try:
             _, path = fsspec.url_to_fs(uri, use_listings_cache=False)
         except ImportError as error:
-            mend = f"pip install 'unclip[{self._kind}]'" if self._kind else str(error)
+            mend = f"{sys.executable} -m pip install 'unclip[{self._kind}]'" if self._kind else str(error)
             raise ConfigError(f"{uri}: a package for {self._scheme}:// is missing: {mend}") from None
         except ValueError as error:
             raise ConfigError(f"{uri}: {error}") from None

@@ -131,7 +131,7 @@ def test_a_missing_package_of_a_store_is_named(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(fsspec, "url_to_fs", url_to_fs)
     with pytest.raises(
-        ConfigError, match=r"s3://bucket/list: a package for s3:// is missing: pip install 'unclip\[s3\]'"
+        ConfigError, match=r"s3://bucket/list: a package for s3:// is missing: \S+ -m pip install 'unclip\[s3\]'"
     ):
         find_files("s3://bucket/list")
 

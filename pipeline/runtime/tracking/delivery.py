@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pipeline.errors import first_line
 from pipeline.runtime.tracking.outbox import Outbox
 from pipeline.runtime.tracking.tracker import RefusedError, SystemMetrics, Tracker, prepare
 
@@ -94,7 +95,7 @@ class Delivery:
         try:
             prepare()
         except ImportError as error:
-            self._warn(f"the tracker gets nothing: mlflow cannot be imported ({_reason(error)})")
+            self._warn(f"the tracker gets nothing: mlflow cannot be imported ({first_line(error)})")
             return
         finally:
             self._ready.set()
@@ -131,8 +132,8 @@ class Delivery:
             if not self._is_failing:
                 self._is_failing = True
                 self._warn(
-                    f"tracker {self._uri} does not answer ({_reason(error)}); the run goes on, what it should get is "
-                    "kept and sent when it answers"
+                    f"tracker {self._uri} does not answer ({first_line(error)}); the run goes on, what it should get "
+                    "is kept and sent when it answers"
                 )
             return False
         if self._is_failing:
@@ -149,7 +150,7 @@ class Delivery:
         except RefusedError as error:
             self._num_refusals += 1
             if self._num_refusals <= _MOST_REFUSALS:
-                self._warn(f"tracker {self._uri} refuses {records[0]['op']} ({_reason(error)}); it is left out")
+                self._warn(f"tracker {self._uri} refuses {records[0]['op']} ({first_line(error)}); it is left out")
 
     def _read_machine(self, sample: Callable[[dict[str, float]], None]) -> None:
         try:
@@ -159,7 +160,7 @@ class Delivery:
                     machine = machine or SystemMetrics()
                     sample(machine.read())
         except Exception as error:  # noqa: BLE001  (a reading of the machine must not stop a training)
-            self._warn(f"this machine's readings do not go to the tracker: {_reason(error)}")
+            self._warn(f"this machine's readings do not go to the tracker: {first_line(error)}")
 
 
 def _grouped(records: Sequence[tuple[Json | None, int]]) -> list[tuple[list[Json], int]]:
@@ -173,7 +174,3 @@ def _grouped(records: Sequence[tuple[Json | None, int]]) -> list[tuple[list[Json
         else:
             groups.append(([] if record is None else [record], offset))
     return groups
-
-
-def _reason(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
