@@ -21,7 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from models.request import SampleRequest
 from pipeline.runtime.parts import NEIGHBOURS
 from pipeline.runtime.replicas import Hop
-from pipeline.serve.deadlines import end_of
+from pipeline.serve.deadlines import end_of, read_error
 from pipeline.serve.estimate import PartLoad, load_of_all
 from pipeline.serve.protocols import (
     DeadlinePassed,
@@ -219,7 +219,7 @@ class RemoteModel:
         if (self._asking is None or self._asking.done()) and time.monotonic() - self._loads_s > _LOADS_FRESH_S:
             self._loads_s = time.monotonic()
             self._asking = asyncio.create_task(self._ask_loads())
-            self._asking.add_done_callback(_read_error)
+            self._asking.add_done_callback(read_error)
         return self._loads
 
     async def _ask_loads(self) -> None:
@@ -274,7 +274,7 @@ class RemoteModel:
         counting = self._counting
         if counting is None or (counting.done() and time.monotonic() - self._counted_s > _STATS_FRESH_S):
             counting = self._counting = asyncio.create_task(self._count())
-            counting.add_done_callback(_read_error)
+            counting.add_done_callback(read_error)
         return dict(await asyncio.shield(counting))
 
     async def _count(self) -> dict[str, int]:
@@ -348,7 +348,7 @@ class RemoteModel:
         """
         longest_s = _LONGEST_ABSENCE_OF_INDEX_S if part == NEIGHBOURS else _LONGEST_ABSENCE_S
         task = asyncio.ensure_future(answer)
-        task.add_done_callback(_read_error)
+        task.add_done_callback(read_error)
         try:
             with _plain_errors():
                 while not task.done():
@@ -392,12 +392,6 @@ def tell(handles: Handles, method: str, *arguments: Any) -> None:
     """Call a method of all replicas of all parts, and wait for their answers, though not for long."""
     for handle in handles.values():
         answers_now(handle, method, *arguments)
-
-
-def _read_error(task: asyncio.Task[Any] | asyncio.Future[Any]) -> None:
-    """Let asyncio not complain of an error that nobody waits for, because the client has left."""
-    if not task.cancelled():
-        task.exception()
 
 
 def _left(request: SampleRequest, hop: Hop | None, ends_s: float) -> SampleRequest:

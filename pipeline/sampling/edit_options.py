@@ -42,6 +42,11 @@ class EditOptions:
     """pca-reconstruct: numbers of components; empty: 20, 40, 80 and 160, as far as the embeddings have them."""
 
 
+def evenly(last: float, count: int) -> tuple[float, ...]:
+    """``count`` numbers from 0 to ``last``, both ends included; a single one is ``last``."""
+    return tuple(last * number / (count - 1) for number in range(count)) if count > 1 else (last,)
+
+
 def shown_components(components: Sequence[int], most: int) -> tuple[int, ...]:
     """The numbers of principal components that are shown, before all of them.
 

@@ -33,7 +33,7 @@ from pipeline.recipe.plan import artifact_of, finished_artifacts, make_plan
 from pipeline.recipe.provenance import C2PA_EDITED
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import CASCADE_STEPS
-from pipeline.sampling.edit_options import EditOptions, shown_components
+from pipeline.sampling.edit_options import EditOptions, evenly, shown_components
 from pipeline.sampling.masks import masked_pixels
 from pipeline.sampling.preview import Preview
 from pipeline.sampling.sample import GRID
@@ -207,7 +207,7 @@ def _vary(editor: Editor, sources: Sources, options: EditOptions) -> Frames:
 
 def _interpolate(editor: Editor, sources: Sources, options: EditOptions) -> Frames:
     a, b = (_encode(editor, picture) for picture in sources.pictures)
-    shares = _evenly(1.0, options.num_frames)
+    shares = evenly(1.0, options.num_frames)
     result = editor.interpolate(a, b, shares, options.seed, noise=options.noise)
     rows: list[Json] = [{"seed": options.seed, "share": share, "noise": options.noise} for share in shares]
     label = f"{sources.names[0]} -> {sources.names[1]}, noise {options.noise}"
@@ -215,7 +215,7 @@ def _interpolate(editor: Editor, sources: Sources, options: EditOptions) -> Fram
 
 
 def _text_diff(editor: Editor, sources: Sources, options: EditOptions) -> Frames:
-    thetas = _evenly(options.theta, options.num_frames)
+    thetas = evenly(options.theta, options.num_frames)
     latents = _encode(editor, sources.pictures[0])
     result = editor.text_diff(latents, options.source, options.target, thetas, options.seed)
     rows: list[Json] = [
@@ -341,8 +341,3 @@ def _seeds(options: EditOptions) -> list[int]:
 
 def _seed_tags(seeds: Sequence[int]) -> list[str]:
     return [f"seed {seed}" for seed in seeds]
-
-
-def _evenly(last: float, count: int) -> list[float]:
-    """``count`` numbers from 0 to ``last``."""
-    return [last * number / (count - 1) for number in range(count)]

@@ -70,15 +70,15 @@ async def until(ends_s: float, answer: Awaitable[T], *, grace_s: float = 0.0) ->
 def beside(work: Coroutine[Any, Any, T]) -> Generator[asyncio.Task[T]]:
     """Work that goes on beside a block from its beginning; if the block ends before it does, it is cancelled."""
     task = asyncio.create_task(work)
-    task.add_done_callback(_read_error)
+    task.add_done_callback(read_error)
     try:
         yield task
     finally:
         task.cancel()
 
 
-def _read_error(task: asyncio.Task[Any]) -> None:
-    """Let asyncio not complain of an error that nobody waits for, because the block has failed already."""
+def read_error(task: asyncio.Future[Any]) -> None:
+    """Let asyncio not complain of an error that nobody waits for: its block has failed, or its client has left."""
     if not task.cancelled():
         task.exception()
 

@@ -20,7 +20,7 @@ from models.request import (
     TextDiff,
     Variation,
 )
-from pipeline.sampling.edit_options import NUM_COMPONENTS
+from pipeline.sampling.edit_options import NUM_COMPONENTS, evenly
 from pipeline.serve.images import MAX_IMAGES, MAX_PROMPT_CHARS, PictureOptions, PromptOptions
 from pipeline.serve.protocols import PictureModel
 from pipeline.serve.uploads import Form, masked_picture, raw_picture
@@ -179,12 +179,12 @@ def _sdedit(body: SdeditRequest, form: Form, side_px: int) -> tuple[Edit, list[s
 
 def _interpolation(body: InterpolationRequest, form: Form, _: int) -> tuple[Edit, list[str]]:
     first, second = (raw_picture(data, "image") for data in form.files["image"])
-    shares = _evenly(1.0 if body.share is None else body.share, body.num_images)
+    shares = evenly(1.0 if body.share is None else body.share, body.num_images)
     return Interpolation((first, second), shares, body.noise or "slerp"), []
 
 
 def _text_diff(body: TextDiffRequest, form: Form, _: int) -> tuple[Edit, list[str]]:
-    thetas = _evenly(0.4 if body.theta is None else body.theta, body.num_images)
+    thetas = evenly(0.4 if body.theta is None else body.theta, body.num_images)
     return TextDiff(raw_picture(form.files["image"][0], "image"), body.source, body.target, thetas), []
 
 
@@ -206,11 +206,6 @@ async def with_embeddings(edit: PcaReconstruction, model: PictureModel) -> PcaRe
         raise ApiError(400, str(error), param="components", code="invalid_value") from None
     picture = replace(picture, levels=b"")
     return replace(edit, picture=picture, components=components, z_image=z_image.astype(np.float32).tobytes())
-
-
-def _evenly(last: float, count: int) -> tuple[float, ...]:
-    """``count`` numbers from 0 to ``last``; a single one is ``last``."""
-    return tuple(last * number / (count - 1) for number in range(count)) if count > 1 else (last,)
 
 
 EDITS = {

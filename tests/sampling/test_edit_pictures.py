@@ -18,7 +18,7 @@ from pipeline.pictures import read_file
 from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.sampling import edit_options
-from pipeline.sampling.edit_options import EditOptions
+from pipeline.sampling.edit_options import EditOptions, evenly
 from pipeline.sampling.edit_pictures import EDITS, Sources, edit_recipe, training_pca
 from pipeline.sampling.masks import masked_pixels
 from pipeline.sampling.sample import sample_recipe
@@ -95,6 +95,11 @@ def test_every_edit_writes_pictures_grid_and_rows(
 
 
 @pytest.mark.parametrize(("strength", "names"), [(0.0, set()), (0.1, set()), (0.4, {"parameters", "unclip"})])
+def test_a_single_frame_is_the_last_one() -> None:
+    assert evenly(1.0, 3) == (0.0, 0.5, 1.0)
+    assert evenly(0.4, 1) == (0.4,)
+
+
 def test_a_picture_that_no_step_changed_is_not_said_to_be_made(
     strength: float, names: set[str], tiny: Recipe, files: list[str], tmp_path: Path
 ) -> None:
