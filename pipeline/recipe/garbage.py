@@ -1,7 +1,7 @@
 """The artifacts of a workspace that no given recipe needs."""
 
 import contextlib
-from collections.abc import Callable, Collection, Generator, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,9 +140,12 @@ def remove_garbage(
     """
     removed: list[Garbage] = []
     others: list[Kept] = []
+    used, read = dict[str, str](), dict[tuple[str, str], str]()
     for one in garbage:
         check()
-        if owner := read_artifacts(workspace).get((one.step, one.key)):
+        if (now := used_artifacts(workspace)) != used:  # else the same manifests, which may be large, say the same
+            used, read = now, _read_through(workspace, now)
+        if owner := read.get((one.step, one.key)):
             others.append(Kept(one.step, one.key, f"in use by {owner}"))
             continue
         workspace.artifact(one.step, one.key).destroy()
@@ -188,10 +191,15 @@ def in_use_of(
 
 def read_artifacts(workspace: Workspace) -> dict[tuple[str, str], str]:
     """Each artifact, by step and key, that a living process reads, with all that it was made from; and the process."""
+    return _read_through(workspace, used_artifacts(workspace))
+
+
+def _read_through(workspace: Workspace, used: Mapping[str, str]) -> dict[tuple[str, str], str]:
+    """Each of these artifacts, and all that they were made from, with the process that reads it."""
     read: dict[tuple[str, str], str] = {}
-    for name, owner in used_artifacts(workspace).items():
+    for name, owner in used.items():
         step, _, key = name.partition("/")
-        read |= dict.fromkeys(_with_inputs(workspace, {(step, key)}), owner)
+        read |= dict.fromkeys(_with_inputs(workspace, {(step, key)}, read), owner)
     return read
 
 
@@ -199,16 +207,18 @@ def _with_champions(workspace: Workspace) -> dict[tuple[str, str], str]:
     """Each artifact that a champion needs, with all that it was made from; and whose champion it is."""
     kept: dict[tuple[str, str], str] = {}
     for artifact, owner in champions(workspace).items():
-        kept |= dict.fromkeys(_with_inputs(workspace, {artifact}), owner)
+        kept |= dict.fromkeys(_with_inputs(workspace, {artifact}, kept), owner)
     return kept
 
 
-def _with_inputs(workspace: Workspace, artifacts: set[tuple[str, str]]) -> set[tuple[str, str]]:
-    """Artifacts and all that they were made from or read."""
+def _with_inputs(
+    workspace: Workspace, artifacts: set[tuple[str, str]], others: Collection[tuple[str, str]] = ()
+) -> set[tuple[str, str]]:
+    """Artifacts and all that they were made from or read, without ``others``, whose inputs are among these."""
     waiting, reached = list(artifacts), set[tuple[str, str]]()
     while waiting:
         step, key = waiting.pop()
-        if (step, key) in reached:
+        if (step, key) in reached or (step, key) in others:
             continue
         reached.add((step, key))
         artifact = workspace.artifact(step, key)

@@ -1,5 +1,6 @@
 """From a picture, a folder or an artifact back to the pairs; and what no recipe needs."""
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -258,6 +259,36 @@ def test_what_is_read_stays_with_all_that_it_reads_from_the_moment_on(recipe: Re
             (one.step, one.key) for one in stays
         }
     assert index.manifest() is not None
+
+
+def test_gc_reads_each_manifest_once_and_again_when_another_process_begins_to_read(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = parse_recipe(tiny_tables(tmp_path / "workspace", prior={"train": {"num_steps": 9}}))
+    old_keys, keys = _finish(old), _finish(recipe)
+    workspace, manifest, reads = Workspace(recipe.workspace), Artifact.manifest, list[str]()
+    for number in range(4):
+        workspace.artifact("prior", f"{number}" * 16).write_bytes("live/checkpoint", bytes(100))
+    garbage = [one for one in find_garbage(workspace, [recipe, old])[0] if one.step == "prior"]
+    garbage.append(Garbage("evaluate", old_keys["evaluate"], 1, is_finished=True))
+
+    def count(artifact: Artifact) -> Any:
+        reads.append(artifact.uri)
+        return manifest(artifact)
+
+    monkeypatch.setattr(Artifact, "manifest", count)
+    with contextlib.ExitStack() as stack:
+        for name in ("prior", "decoder", "upsampler_1"):
+            stack.enter_context(in_use(workspace, [f"{name}/{keys[name]}"]))
+
+        def check() -> None:
+            if len(workspace.keys("prior")) == 2:  # all but the last have gone
+                stack.enter_context(in_use(workspace, [f"evaluate/{old_keys['evaluate']}"]))
+                assert sorted(reads) == sorted({*reads})
+
+        removed, stays = remove_garbage(workspace, garbage, check)
+    assert [one.step for one in removed] == ["prior"] * 4
+    assert [(one.step, one.key) for one in stays] == [("evaluate", old_keys["evaluate"])]
 
 
 def test_gc_stops_when_it_lost_the_lock(recipe: Recipe) -> None:
