@@ -133,7 +133,7 @@ def run(
 
     Example: unclip run configs/demo.toml
     """
-    begun = time.monotonic()
+    start_s = time.monotonic()
     resolved = load_recipe(recipe, overrides or [])
     words = shown_as or recipe_words(recipe, overrides)
     workspace = Workspace(resolved.workspace)
@@ -173,7 +173,7 @@ def run(
     from pipeline.report.report import update_report
 
     where = update_report(workspace, steps, resolved, words)
-    wall_s = round(time.monotonic() - begun, 1)
+    wall_s = round(time.monotonic() - start_s, 1)
     if json:
         print_json({"ran": ran, "wall_s": wall_s, "workspace": workspace.root, "report": where})
         return ()

@@ -62,7 +62,7 @@ def finish(
         workspace: The workspace, locked.
         compact_index: Builds one segment from all of an index, by its key.
         check: Raises StepError if the lock was lost; called before each commit.
-        say: Is told every half minute, in words, how far it is.
+        say: Receives every half minute, in words, how far it is.
 
     Returns:
         What was done; None if nothing was to be done. Its removals have also the indexes of which no row is left, and

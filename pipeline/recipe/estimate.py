@@ -147,9 +147,9 @@ def remaining_from(
     workspace = Workspace(recipe.workspace)
     todo = [status for status in statuses if status.state != "done"]
     states = _read_states(workspace, [status.step for status in todo if status.state == "partial"])
-    left = {name: _part(value, 1.0 - _share(states.get(name))) for name, value in times.items()}
+    rests = {name: _part(value, 1.0 - _share(states.get(name))) for name, value in times.items()}
     ending = {name for name, state in states.items() if _is_counted_out(name, state)}
-    return remaining(recipe, [status.step for status in todo], {}, left, machine, ending=ending)
+    return remaining(recipe, [status.step for status in todo], {}, rests, machine, ending=ending)
 
 
 def remaining(
@@ -171,21 +171,23 @@ def remaining(
         machine: Where it runs.
         ending: Steps that have counted all they count, beside those that do by their readings.
     """
-    begun = {name for name, state in readings.items() if state.has_begun}
-    busy = sum(needs.num_workers * needs.cpus for needs in (needs_of(getattr(recipe, name)) for name in begun))
+    running = {name for name, state in readings.items() if state.has_begun}
+    busy = sum(needs.num_workers * needs.cpus for needs in (needs_of(getattr(recipe, name)) for name in running))
     slowdown = machine.slowdown(busy)
     pace = _pace(readings, times, slowdown)
     ends = {*ending, *(name for name, reading in readings.items() if _is_counted_out(name, reading))}
-    lefts: dict[str, StepTime | None] = {}
+    rests: dict[str, StepTime | None] = {}
     for step in steps:
         estimate = times.get(step.name)
         paced = None if estimate is None else _part(estimate, pace)
-        lefts[step.name] = None if step.name in ends else _left(readings.get(step.name), paced, slowdown)
-    spans = schedule([_load(recipe, step, lefts[step.name] or StepTime(0.0)) for step in steps], machine, running=begun)
+        rests[step.name] = None if step.name in ends else _left(readings.get(step.name), paced, slowdown)
+    spans = schedule(
+        [_load(recipe, step, rests[step.name] or StepTime(0.0)) for step in steps], machine, running=running
+    )
     return Remaining(
-        {name: span for name, span in spans.items() if lefts[name] is not None},
-        tuple(name for name, left in lefts.items() if left is None and name not in ends),
-        tuple(name for name in lefts if name in ends),
+        {name: span for name, span in spans.items() if rests[name] is not None},
+        tuple(name for name, rest in rests.items() if rest is None and name not in ends),
+        tuple(name for name in rests if name in ends),
     )
 
 
@@ -247,8 +249,8 @@ def _left(state: ProgressState | None, estimate: StepTime | None, slowdown: floa
     return StepTime(trust * by_rate.fixed_s + (1 - trust) * rest.fixed_s, (1 - trust) * rest.shared_s)
 
 
-def _load(recipe: Recipe, step: Step, left: StepTime) -> Load:
-    return Load(step.name, tuple(step.inputs), needs_of(getattr(recipe, step.name)), left.fixed_s, left.shared_s)
+def _load(recipe: Recipe, step: Step, rest: StepTime) -> Load:
+    return Load(step.name, tuple(step.inputs), needs_of(getattr(recipe, step.name)), rest.fixed_s, rest.shared_s)
 
 
 def _part(value: StepTime, share: float) -> StepTime:
@@ -277,13 +279,16 @@ def _recorded_times(recipe: Recipe, plan: Sequence[Step], names: Sequence[str], 
         return {}
     workspace = Workspace(recipe.workspace)
     # Not of all steps: the manifest of a download is 40 MB for 100,000 shards. The first step has every seed in use.
-    made = {name: workspace.manifests(name)[0] for name in {plan[0].name, *names}}
-    seeds = {recipe.seed, *(one.section["seed"] for some in made.values() for one in some if "seed" in one.section)}
+    manifests = {name: workspace.manifests(name)[0] for name in {plan[0].name, *names}}
+    seeds = {
+        recipe.seed,
+        *(one.section["seed"] for some in manifests.values() for one in some if "seed" in one.section),
+    }
     plans = [_with_seed(plan, seed) for seed in seeds]
     times: dict[str, StepTime] = {}
     for name in names:
         keys = {steps[name].key for steps in plans}
-        manifest = next((one for one in made[name] if one.key in keys), None)
+        manifest = next((one for one in manifests[name] if one.key in keys), None)
         if manifest is not None and (value := _recorded_time(recipe, manifest, crowding)) is not None:
             times[name] = value
     return times

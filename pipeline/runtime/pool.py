@@ -244,7 +244,7 @@ class _Pool:
         """
         ready, _ = ray.wait(list(self._running), num_returns=len(self._running), timeout=0)
         results = {reference: self._result(reference) for reference in ready}
-        lost = {self._running[reference].actor for reference, one in results.items() if isinstance(one, str)}
+        dead = {self._running[reference].actor for reference, one in results.items() if isinstance(one, str)}
         records, free = list[ShardRecord](), dict[Any, None]()
         for reference, result in results.items():
             if isinstance(result, str):
@@ -255,7 +255,7 @@ class _Pool:
             else:
                 start_s, self.hosts[actor] = result
                 self.first_start_s = start_s if self.first_start_s is None else self.first_start_s
-            if actor not in lost:
+            if actor not in dead:
                 free[actor] = None
         for actor in free:
             self._assign_shards(actor)
@@ -276,9 +276,11 @@ class _Pool:
 
     def _silent(self) -> dict[Any, _Running]:
         """The shards of which nothing came for too long, after another look at all."""
-        made = {one.shard: (reference, one) for reference, one in self._running.items() if one.shard is not None}
-        readings = self._job.read(list(made))
-        return dict(made[shard] for shard, one in readings.items() if made[shard][1].is_silent(one, self._limit_s))
+        under_way = {one.shard: (reference, one) for reference, one in self._running.items() if one.shard is not None}
+        readings = self._job.read(list(under_way))
+        return dict(
+            under_way[shard] for shard, one in readings.items() if under_way[shard][1].is_silent(one, self._limit_s)
+        )
 
     def _assign_shards(self, actor: Any) -> None:
         """Give a worker as many shards as it makes at once; one that took a worker down before is made alone."""
