@@ -94,12 +94,12 @@ def test_every_edit_writes_pictures_grid_and_rows(
         assert facts["actions"][0]["action"] == ("c2pa.edited" if "paint" in edit else "c2pa.created")
 
 
-@pytest.mark.parametrize(("strength", "names"), [(0.0, set()), (0.1, set()), (0.4, {"parameters", "unclip"})])
 def test_a_single_frame_is_the_last_one() -> None:
     assert evenly(1.0, 3) == (0.0, 0.5, 1.0)
     assert evenly(0.4, 1) == (0.4,)
 
 
+@pytest.mark.parametrize(("strength", "names"), [(0.0, set()), (0.1, set()), (0.4, {"parameters", "unclip"})])
 def test_a_picture_that_no_step_changed_is_not_said_to_be_made(
     strength: float, names: set[str], tiny: Recipe, files: list[str], tmp_path: Path
 ) -> None:
