@@ -41,7 +41,7 @@ def run(num_steps: int) -> list[dict[str, Any]]:
         state.clip_gradients(1.0)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
-        update_average(state.ema, state.network, 0.9, 1)
+        update_average(state.average_pairs, 0.9, 1)
         state.step += 1
 
     steps = [_time(step) for _ in range(num_steps)][1:]

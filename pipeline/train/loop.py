@@ -103,7 +103,7 @@ def make_step(
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         may_skip = section.resources.max_bad_steps > 0
-        update_average(state.ema, state.network, config.ema_decay, state.step + 1, skips if may_skip else None)
+        update_average(state.average_pairs, config.ema_decay, state.step + 1, skips if may_skip else None)
 
     return step
 

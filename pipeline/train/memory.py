@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
 from models.layers.dropout import dropouts_of
-from models.layers.ema import create_average, update_average
+from models.layers.ema import AveragePairs, create_average, update_average
 from models.layers.unet import set_checkpointing
 from pipeline.clip.model import OpenClip
 from pipeline.data.order import Share
@@ -350,7 +350,7 @@ class _Step:
         self._pass(size)
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
-        update_average(self.average, self.network, 0.9, 1)
+        update_average(AveragePairs.of(self.average, self.network), 0.9, 1)
 
     def _pass(self, size: int) -> None:
         for dropout in dropouts_of(self.network):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from models.diffusion.timesteps import TimestepDraws
-from models.layers.ema import create_average
+from models.layers.ema import AveragePairs, create_average
 from pipeline.recipe.train_sections import TrainConfig
 from pipeline.train.muon import Muon, kernels_of
 
@@ -49,6 +50,11 @@ class TrainState:
     def average(self) -> nn.Module | None:
         """The whole average, on the first worker of a divided state; every worker asks for it."""
         return self.ema if self.sharding is None else self.sharding.gather_network(self.ema)
+
+    @cached_property
+    def average_pairs(self) -> AveragePairs:
+        """What each step moves of the average, and towards what."""
+        return AveragePairs.of(self.ema, self.network)
 
     def clip_gradients(self, largest: float) -> None:
         """Scale the gradients to a norm of at most ``largest`` (0: any), and note what it was."""

@@ -211,6 +211,28 @@ def test_the_average_follows_the_network() -> None:
     assert _same(state.ema, state.network)
 
 
+def test_the_tensors_of_the_average_are_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig(num_steps=4)
+    state, step = _start(config)
+    expected, looked_up = create_average(state.ema), list[int]()
+    state_dict = state.ema.state_dict
+
+    def counting() -> dict[str, Tensor]:
+        looked_up.append(state.step)
+        return state_dict()
+
+    def checked(state: TrainState, batch: Batch) -> None:
+        step(state, batch)
+        decay = min(config.ema_decay, (2 + state.step) / (11 + state.step))
+        for average, weight in zip(expected.parameters(), state.network.parameters(), strict=True):
+            average.lerp_(weight.detach(), 1 - decay)
+
+    monkeypatch.setattr(state.ema, "state_dict", counting)
+    _run(state, checked, config, _nothing)
+    assert looked_up == [0]
+    assert _same(state.ema, expected)
+
+
 def test_learning_rate_rises_then_falls() -> None:
     config = TrainConfig(num_steps=110, warmup_steps=10, learning_rate=1.0, lr_schedule="cosine")
     rates = [learning_rate(config, step) for step in range(110)]

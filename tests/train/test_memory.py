@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.layers.ema import create_average, update_average
+from models.layers.ema import AveragePairs, create_average, update_average
 from pipeline.data.order import Share
 from pipeline.networks.costs import build_clip
 from pipeline.networks.counting import backward_in_modes
@@ -70,7 +70,7 @@ def test_an_average_that_may_skip_steps_takes_no_copy_of_the_weights() -> None:
     network = nn.Sequential(*(nn.Linear(100, 100) for _ in range(4)))
     average = create_average(network)
     with LiveBytes([*network.state_dict().values(), *average.state_dict().values()]) as live:
-        update_average(average, network, 0.9, 1, skips=torch.tensor(False))
+        update_average(AveragePairs.of(average, network), 0.9, 1, skips=torch.tensor(False))
     assert live.peak < 100
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from models.layers.ema import create_average, update_average
+from models.layers.ema import AveragePairs, create_average, update_average
 
 
 def make(value: float) -> torch.nn.BatchNorm1d:
@@ -15,10 +15,10 @@ def test_average_forgets_its_start_quickly_then_follows_the_decay() -> None:
     network = make(1.0)
     average = create_average(network)
     torch.nn.init.constant_(network.weight, 3.0)
-    update_average(average, network, decay=0.5, num_updates=1)
+    update_average(AveragePairs.of(average, network), decay=0.5, num_updates=1)
     expected = 1.0 + (1 - 2 / 11) * 2.0
     torch.testing.assert_close(average.weight, torch.tensor([expected]))
-    update_average(average, network, decay=0.5, num_updates=1000)
+    update_average(AveragePairs.of(average, network), decay=0.5, num_updates=1000)
     torch.testing.assert_close(average.weight, torch.tensor([(expected + 3.0) / 2]))
 
 
@@ -36,7 +36,7 @@ def test_average_copies_whole_number_buffers() -> None:
     network = make(1.0)
     average = create_average(network)
     network.num_batches_tracked += 5
-    update_average(average, network, decay=0.9, num_updates=1)
+    update_average(AveragePairs.of(average, network), decay=0.9, num_updates=1)
     assert average.num_batches_tracked == 5
 
 
@@ -44,9 +44,9 @@ def test_an_average_that_may_skip_moves_or_stays_to_the_last_bit() -> None:
     network = torch.nn.Linear(40, 30)
     expected, before = create_average(network), create_average(network)
     torch.nn.init.normal_(network.weight)
-    update_average(expected, network, decay=0.3, num_updates=1000)
+    update_average(AveragePairs.of(expected, network), decay=0.3, num_updates=1000)
     for skips, weights in ((False, expected), (True, before)):
         average = create_average(before)
-        update_average(average, network, 0.3, 1000, skips=torch.tensor(skips))
+        update_average(AveragePairs.of(average, network), 0.3, 1000, skips=torch.tensor(skips))
         assert torch.equal(average.weight, weights.weight)
         assert torch.equal(average.bias, weights.bias)
