@@ -10,6 +10,8 @@ from pipeline.workspace.store import LIVE, Artifact
 PROGRESS = f"{LIVE}progress.json"
 METRICS = "metrics.jsonl"
 ERROR = f"{LIVE}error.txt"
+_LONGEST_S = 60.0
+"""A tenth of the time after which a step without readings counts as dead."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,10 @@ class ProgressState:
 
 
 class Progress:
-    """Writes the reading of one step, at most once per ``every_s`` seconds.
+    """Writes the reading of one step, at most once per ``every_s`` seconds, and in at most 1 % of the time.
+
+    All workers of a training wait while it is written. Where a write takes longer than .6 s, one a minute is written:
+    `unclip status` takes a step without readings for dead.
 
     Args:
         artifact: The step's artifact.
@@ -89,7 +94,7 @@ class Progress:
         """Part of each reading from now on."""
         self._every_s = every_s
         self._start = None if waits else time.monotonic()
-        self._written_at = float("-inf")
+        self._due = float("-inf")
         self._first: tuple[float, int] | None = None
         previous = read_progress(artifact)
         self._earlier_s = previous.wall_s if previous else 0.0
@@ -127,7 +132,7 @@ class Progress:
         now = time.monotonic()
         if self._first is None and self._start is not None:
             self._first = (now, done)
-        if now - self._written_at < self._every_s and not force and done < total:
+        if now < self._due and not force and done < total:
             return
         first_s, first_done = self._first or (now, done)
         rate = (done - first_done) / max(now - first_s, 1e-9)
@@ -146,8 +151,10 @@ class Progress:
             node_s=self.node_s,
             num_workers=self.num_workers,
         )
+        start = time.monotonic()
         self._artifact.write_json(PROGRESS, asdict(state))
-        self._written_at = now
+        end = time.monotonic()
+        self._due = end + max(self._every_s, min(_LONGEST_S, 100 * (end - start)))
 
     def _worked_s(self) -> float:
         return 0.0 if self._start is None else time.monotonic() - self._start

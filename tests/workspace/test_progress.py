@@ -1,3 +1,4 @@
+import itertools
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -108,6 +109,27 @@ def test_progress_writes_at_its_own_pace_and_at_the_end(tmp_path: Path) -> None:
     for done, reported in [(0, 0), (1, 0), (2, 2)]:
         progress.update(done, 2, "rows")
         assert read_progress(artifact).done == reported  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("write_s", "every_s"), [(0.001, 1.0), (0.05, 5.0), (0.3, 30.0), (30.0, 60.0)])
+def test_a_slow_store_is_written_to_in_one_percent_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_s: float, every_s: float
+) -> None:
+    artifact, now, written = Artifact(str(tmp_path)), [0.0], list[float]()
+
+    def write(*_: object) -> None:
+        written.append(now[0])
+        now[0] += write_s
+
+    monkeypatch.setattr("pipeline.workspace.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(artifact, "write_json", write)
+    progress = Progress(artifact)
+    for done in range(900):
+        progress.update(done, 1000, "steps")
+        now[0] += 0.5
+    gaps = [later - earlier - write_s for earlier, later in itertools.pairwise(written)]
+    assert len(gaps) >= 4
+    assert all(every_s - 0.01 <= gap <= every_s + 0.51 for gap in gaps)
 
 
 @pytest.mark.parametrize(
