@@ -124,7 +124,10 @@ def logs_here(workspace: str) -> list[WorkerLog]:
     names = [file.name for file in folder.glob(f"{_PREFIX}.{job}.*.out")]
 
     def read(name: str) -> str:
-        return (folder / name).read_text(encoding="utf-8", errors="replace")
+        try:
+            return (folder / name).read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:  # its link is left: what empties temporary folders goes by the age of each
+            return f"== unclip {'.'.join(name.split('.')[2:-1])} begins ==\n(removed from {folder})\n"
 
     return _logs(names, "", read)
 
@@ -145,7 +148,7 @@ def logs_of_job(job_id: str, address: str = DEFAULT_ADDRESS) -> tuple[list[Worke
 
     Raises:
         ConfigError: If there is no such job, or more than one; names the candidates.
-        StepError: If no cluster answers.
+        StepError: If no cluster answers, or not well.
     """
     client, url = dashboard_client(address)
     details = find_job(client, job_id)
@@ -161,8 +164,10 @@ def logs_of_job(job_id: str, address: str = DEFAULT_ADDRESS) -> tuple[list[Worke
         return reply
 
     logs, lost_machines = list[WorkerLog](), list[str]()
-    nodes = get("/api/v0/nodes", limit="10000").json()["data"]["result"]["result"]
-    for node in nodes:
+    nodes = get("/api/v0/nodes", limit="10000")
+    if not nodes.ok:
+        raise StepError(f"the cluster at {url} does not list its machines: {nodes.text.strip()[:200]}")
+    for node in nodes.json()["data"]["result"]["result"]:
         if node["state"] != "ALIVE":
             lost_machines.append(node["node_ip"])
             continue

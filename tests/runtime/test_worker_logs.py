@@ -3,13 +3,16 @@
 import contextlib
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
+import requests
 
 from pipeline.errors import ConfigError, StepError
+from pipeline.runtime import worker_logs
 from pipeline.runtime.calls import call
-from pipeline.runtime.worker_logs import WorkerLog, logs_by_name, logs_here, note_run, own_part
+from pipeline.runtime.worker_logs import WorkerLog, logs_by_name, logs_here, logs_of_job, note_run, own_part
 from tests.ports import free_port
 from tests.tiny.command import unclip_here
 from tests.tiny.recipe import write_recipe
@@ -43,6 +46,28 @@ def test_a_process_that_did_several_tasks_is_divided_by_their_lines() -> None:
     text = "starts\n== unclip prior.train begins ==\none\n== unclip index.work begins ==\ntwo\n"
     assert (own_part(text, "prior.train"), own_part(text, "index.work")) == ("one\n", "two\n")
     assert own_part(text, "clip.train") == ""
+
+
+def test_a_log_whose_file_was_removed_is_said_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_logs, "get_default_ray_temp_dir", lambda: str(tmp_path))
+    folder = tmp_path / "session_2026/logs"
+    folder.mkdir(parents=True)
+    (folder / "unclip-run.01000000.json").write_text('{"workspace": "here"}')
+    for stream in ("out", "err"):
+        (folder / f"unclip-log.01000000.index.work.{stream}").symlink_to(f"worker-1.{stream}")
+    (folder / "worker-1.err").write_text("== unclip index.work begins ==\nthe reason\n")
+    [log] = logs_here("here")
+    assert log.read() == f"(removed from {folder})\nthe reason\n"
+
+
+def test_a_cluster_that_answers_with_an_error_is_said_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    reply = requests.Response()
+    reply.status_code, reply._content = 500, b"the head is too busy"
+    client = SimpleNamespace(_do_request=lambda *_, **__: reply)
+    monkeypatch.setattr(worker_logs, "dashboard_client", lambda _: (client, "http://head:8265"))
+    monkeypatch.setattr(worker_logs, "find_job", lambda *_: SimpleNamespace(driver_info=SimpleNamespace(id="01")))
+    with pytest.raises(StepError, match=r"^the cluster at http://head:8265 does not list .*: the head is too busy$"):
+        logs_of_job("job")
 
 
 def test_a_wrong_name_is_answered_with_those_that_there_are() -> None:
