@@ -84,9 +84,9 @@ def served_by(recipe: Recipe) -> Served:
     if not alias:
         artifacts, why_no_neighbours = served_artifacts(recipe)
         return Served(recipe, artifacts, lacks=why_no_neighbours)
-    version, evaluation = evaluation_of(recipe, alias)
+    what, evaluation = evaluation_of(recipe, alias)
     measured, artifacts = measured_cascade(recipe, evaluation, (*CASCADE_STEPS, *NEIGHBOUR_STEPS))
-    which = f"{alias} is version {version} of the tracker's model: evaluation {evaluation}"
+    which = f"{alias} is {what}: evaluation {evaluation}"
     missing = ", ".join(name for name in NEIGHBOUR_STEPS if name not in artifacts)
     if not missing:
         return Served(measured, artifacts, which)

@@ -111,11 +111,16 @@ class Workspace:
                 shutil.copyfile(local, path)
         return f"{self.root}/{name}"
 
-    def restore(self, name: str) -> None:
-        """Bring a file of the workspace to ``local_root``, if it has one: another machine may have published it."""
+    def restore(self, name: str, folder: Path | None = None) -> None:
+        """Bring a file of the workspace here, if it has one: another machine may have published it.
+
+        Args:
+            name: The file; nobody must have it open.
+            folder: Where it is brought; None: to ``local_root``.
+        """
         root = Folder(self.root)
         if not self.is_local and root.exists(name):
-            shutil.copyfile(root.path(name), self.local_root / name)
+            shutil.copyfile(root.path(name), (folder or self.local_root) / name)
 
 
 class Artifact(Folder):

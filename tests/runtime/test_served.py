@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 
-from pipeline.errors import ConfigError, StepError
+from pipeline.errors import ConfigError, StepError, UnclipError
 from pipeline.recipe.plan import artifact_of, make_plan, manifest_of
 from pipeline.recipe.recipe import Recipe, load_recipe, parse_recipe
 from pipeline.runtime.served import Served, served_by
+from pipeline.runtime.tracking import aliases
 from pipeline.runtime.tracking.aliases import evaluation_of
 from pipeline.runtime.tracking.run import send_champion
+from pipeline.runtime.tracking.tracker import NoAliasError
 from pipeline.serve.keeper import Kept
 from pipeline.workspace.lock import used_artifacts
 from pipeline.workspace.store import Workspace
@@ -164,3 +166,21 @@ def test_a_tracker_that_is_down_slow_or_off_is_said_in_one_sentence(tmp_path: Pa
         with pytest.raises(StepError, match="does not answer within 1 s"):
             evaluation_of(slow, "champion", 1)
         connected.join(20)
+
+
+def test_what_fails_on_the_way_to_an_alias_is_said_as_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe(write_recipe(tmp_path, port=8976), ["tracking.uri=http://127.0.0.1:1"])
+    for error, sentence in (
+        (KeyError("x"), r'^serve.networks = "champion": the tracker .* does not answer \(KeyError\)'),
+        (StepError("s3://bucket: no such key"), r"^s3://bucket: no such key$"),
+        (NoAliasError("x"), r"no version of tiny has this alias"),
+    ):
+
+        def fail(*_: object, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(aliases, "tags_by_alias", fail)
+        with pytest.raises(UnclipError, match=sentence):
+            evaluation_of(recipe, "champion")

@@ -1,10 +1,14 @@
 """Where the records of one workspace for one tracker are, and what was said so far."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
+import tempfile
 import threading
 import urllib.parse
+from collections.abc import Generator
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +50,7 @@ class Place:
         tracker = hashlib.sha256(f"{recipe.tracking.uri} {self.experiment}".encode()).hexdigest()[:8]
         self._folder = f"tracking/{tracker}"
         self._lock = threading.Lock()
+        self._use: TextIOWrapper | None = None
         self.state: Json = {"attempts": {}, "curves": {}}
 
     def open(self) -> Outbox:
@@ -53,7 +58,7 @@ class Place:
 
         A workspace that was copied or moved begins runs of its own, and sends what waits in it, too.
         """
-        self.restore_database()
+        self._take_database()
         folder = self._workspace.local_root / self._folder
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / _STATE).exists():
@@ -71,10 +76,47 @@ class Place:
                 curves["last"] = {}
         return outbox
 
-    def restore_database(self) -> None:
-        """Bring the workspace's own database here, where no server is named and it is in an object store."""
-        if self.owns_database:
-            self._workspace.restore(_DATABASE)
+    @property
+    def has_far_database(self) -> bool:
+        """Whether no server is named and the workspace is in an object store: each machine has a copy of the database.
+
+        What another machine publishes takes the place of all that is there.
+        """
+        return self.owns_database and not self._workspace.is_local
+
+    def _take_database(self) -> None:
+        """Bring the workspace's own database here, unless a process of this machine has its copy open.
+
+        All recipes of the workspace write into one copy, so this lock is not the one of an outbox.
+        """
+        if not self.has_far_database:
+            return
+        use = (self._workspace.local_root / f"{_DATABASE}.lock").open("a")
+        try:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(use, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._workspace.restore(_DATABASE)
+            fcntl.flock(use, fcntl.LOCK_SH)
+        except BaseException:
+            use.close()
+            raise
+        self._use = use
+
+    def close(self) -> None:
+        """Say that this process has no database open any more."""
+        if self._use is not None:
+            self._use.close()
+            self._use = None
+
+    @contextlib.contextmanager
+    def database_to_read(self) -> Generator[str]:
+        """The address of a tracker that is only read: for a database in an object store that of a copy of its own."""
+        if not self.has_far_database:
+            yield self.uri
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            self._workspace.restore(_DATABASE, Path(folder))
+            yield f"sqlite:///{folder}/{_DATABASE}"
 
     def save(self) -> None:
         """Write what was said so far."""

@@ -18,6 +18,7 @@ from pipeline.errors import UnclipError
 from pipeline.recipe.plan import Step
 from pipeline.recipe.recipe import Recipe, flatten
 from pipeline.runtime.context import StepContext, StepResult
+from pipeline.runtime.tracking.aliases import CHAMPION
 from pipeline.runtime.tracking.delivery import Delivery
 from pipeline.runtime.tracking.outbox import Outbox
 from pipeline.runtime.tracking.place import OFF, Place, check_scheme
@@ -40,7 +41,6 @@ from pipeline.workspace.store import Workspace
 Json = dict[str, Any]
 
 CANDIDATE = "candidate"
-CHAMPION = "champion"
 _DATABASE_WAIT_S = 60.0
 """A local database is waited for: mlflow's import and the first migration take seconds, and no network."""
 _SERVER_WAIT_S = 5.0
@@ -306,6 +306,7 @@ def send_waiting(recipe: Recipe, workspace: Workspace, warn: Callable[[str], Non
         delivery = _delivery_of(place, outbox, warn)
         delivery.start()
         _close(place, outbox, delivery, warn)
+    place.close()
 
 
 def send_champion(recipe: Recipe, step: Step, reason: str, warn: Callable[[str], None]) -> None:
@@ -327,6 +328,7 @@ def _opened(place: Place, warn: Callable[[str], None]) -> Outbox | None:
     try:
         return place.open()
     except (OSError, UnclipError) as error:
+        place.close()
         warn(f"{place.kept_in}: {error}; the tracker gets nothing of this run")
         return None
 
@@ -355,3 +357,4 @@ def _close(place: Place, outbox: Outbox, delivery: Delivery, warn: Callable[[str
         place.publish()  # also what a failed or interrupted run has tracked
     except (OSError, sqlite3.Error, UnclipError) as error:
         warn(f"what the tracker did not get is not in the workspace: {error}")
+    place.close()

@@ -67,11 +67,15 @@ def make_database(path: Path) -> None:
             os.link(new, path)
 
 
+class NoAliasError(Exception):
+    """The server has no version with this alias."""
+
+
 def tags_by_alias(uri: str, name: str, alias: str) -> tuple[str, dict[str, str]]:
     """The version of a registered model that has an alias, and its tags.
 
     Raises:
-        LookupError: If the server has no such version.
+        NoAliasError: If the server has no such version.
         Exception: If it does not answer, or not well.
     """
     prepare()
@@ -82,7 +86,7 @@ def tags_by_alias(uri: str, name: str, alias: str) -> tuple[str, dict[str, str]]
         version: Any = MlflowClient(tracking_uri=uri, registry_uri=uri).get_model_version_by_alias(name, alias)
     except MlflowException as error:
         if error.error_code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
-            raise LookupError(alias) from None
+            raise NoAliasError(alias) from None
         raise
     return str(version.version), dict(version.tags)
 
