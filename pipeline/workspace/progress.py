@@ -95,6 +95,7 @@ class Progress:
         self._every_s = every_s
         self._start = None if waits else time.monotonic()
         self._due = float("-inf")
+        self._write_s = 0.0
         self._first: tuple[float, int] | None = None
         previous = read_progress(artifact)
         self._earlier_s = previous.wall_s if previous else 0.0
@@ -151,10 +152,12 @@ class Progress:
             node_s=self.node_s,
             num_workers=self.num_workers,
         )
-        start = time.monotonic()
+        start, before_s = time.monotonic(), self._write_s
         self._artifact.write_json(PROGRESS, asdict(state))
         end = time.monotonic()
-        self._due = end + max(self._every_s, min(_LONGEST_S, 100 * (end - start)))
+        self._write_s = end - start
+        usual_s = min(before_s, self._write_s)  # one slow write says nothing of the storage
+        self._due = end + max(self._every_s, min(_LONGEST_S, 100 * usual_s))
 
     def _worked_s(self) -> float:
         return 0.0 if self._start is None else time.monotonic() - self._start
