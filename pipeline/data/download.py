@@ -27,26 +27,21 @@ from pipeline.data.connections import Connections
 from pipeline.data.decoders import Decoders
 from pipeline.data.fetch import Fetcher
 from pipeline.data.hosts import Limits
-from pipeline.data.mends import repair_hint
-from pipeline.data.pairs import Pairs
+from pipeline.data.outcomes import Failure, row_values, shard_schema
 from pipeline.data.resize import Boxes, StoredPicture, read_boxes
-from pipeline.data.rows import numbered_names, require_columns
+from pipeline.data.shard_rows import stored_columns
 from pipeline.data.shard_writer import (
     FAILED_TO_DOWNLOAD,
     FAILED_TO_RESIZE,
-    RESULT_FIELDS,
-    SUCCESS,
     ShardFiles,
     ShardRow,
     Span,
-    failed_rows,
     key_of,
-    read_shard,
     time_of_day,
     write_shard,
 )
 from pipeline.data.urls import AddressRules
-from pipeline.errors import DataError, UnclipError
+from pipeline.errors import UnclipError
 from pipeline.pictures import PictureError
 from pipeline.recipe.pairs_sections import PairsConfig
 from pipeline.recipe.sections import DownloadConfig
@@ -59,62 +54,11 @@ T = TypeVar("T")
 OnProgress = Callable[[int, Counter[str]], None]
 """Called every two seconds with the number of finished rows, and with those that failed by class."""
 
-_PASSED_THROUGH = ("uid", "split")
-_MEMORY_BYTES = 64 << 20
+MEMORY_BYTES = 64 << 20
 """Part of a shard's stored pictures that stays in memory until they are written."""
 _PROGRESS_S = 2.0
 _LOGGED_CHARS = 1000
 _LOOPBACK = "127.0.0.1/32"
-
-
-def shard_names(list_rows: Sequence[int], samples_per_shard: int) -> list[str]:
-    """Names of the shards that hold the rows of some lists."""
-    return numbered_names(sum(-(-rows // samples_per_shard) for rows in list_rows))
-
-
-@dataclass(frozen=True)
-class ShardSpan:
-    """The rows of one shard in the list of pairs; they are of one list, so that a training finds the rows of each."""
-
-    start: int
-    stop: int
-    list_number: int
-
-    @classmethod
-    def of(cls, shard: str, list_rows: Sequence[int], samples_per_shard: int) -> ShardSpan:
-        """The rows of a shard by its name, which is its number."""
-        number, start = int(shard), 0
-        for list_number, rows in enumerate(list_rows):
-            num_shards = -(-rows // samples_per_shard)
-            if number < num_shards:
-                first = start + number * samples_per_shard
-                return cls(first, min(start + rows, first + samples_per_shard), list_number)
-            number, start = number - num_shards, start + rows
-        raise ValueError(f"no shard {shard} of {sum(list_rows)} rows")
-
-
-def check_columns(config: DownloadConfig, columns: list[str], where: str) -> None:
-    """Refuse columns that the pairs do not have.
-
-    Raises:
-        DataError: If the pairs do not have a column.
-    """
-    require_columns(
-        columns, [*_PASSED_THROUGH, "url", "caption", *config.extra_columns, *_read_only(config)], where=where
-    )
-
-
-def read_rows(pairs: Pairs, shard: str, config: DownloadConfig) -> pa.Table:
-    """Read the rows of one shard; only the row groups that contain them are read.
-
-    Args:
-        pairs: The list of pairs.
-        shard: Shard name.
-        config: The recipe's section.
-    """
-    span = ShardSpan.of(shard, pairs.list_rows, config.samples_per_shard)
-    columns = [*_PASSED_THROUGH, *config.extra_columns, *sorted(_read_only(config)), "caption", "url"]
-    return pairs.read(span.start, span.stop, list(dict.fromkeys(columns)))
 
 
 def address_rules(pairs: PairsConfig, config: DownloadConfig) -> AddressRules:
@@ -123,14 +67,6 @@ def address_rules(pairs: PairsConfig, config: DownloadConfig) -> AddressRules:
     own = [one.path if "://" in one.path else "/" for one in pairs.each()] if pairs.source == "folder" else []
     folders = [*config.allowed_folders, *own]
     return AddressRules(networks, folders)
-
-
-def download_shard(
-    rows: pa.Table, shard: str, config: DownloadConfig, files: ShardFiles, rules: AddressRules
-) -> Counter[str]:
-    """Download one shard alone; ``Downloader`` keeps its connections for the next shard."""
-    with Downloader(config, rules) as downloader:
-        return downloader.download(rows, shard, files)
 
 
 class Downloader:
@@ -146,7 +82,8 @@ class Downloader:
     def __init__(
         self, config: DownloadConfig, rules: AddressRules, limits: Limits | None = None, *, num_decoders: int = 1
     ) -> None:
-        self._config = config
+        self.config = config
+        """The recipe's section."""
         self._rules = rules
         self._limits = limits
         self._num_decoders = num_decoders
@@ -193,99 +130,15 @@ class Downloader:
         Raises:
             StepError: If the disk is full.
         """
-        keys = [key_of(shard, first + row, self._config.samples_per_shard) for row in range(rows.num_rows)]
+        keys = [key_of(shard, first + row, self.config.samples_per_shard) for row in range(rows.num_rows)]
         start = time.monotonic()
         with (
             translate_os_errors(f"download: shard {shard}: {files.tar.parent}"),
-            tempfile.SpooledTemporaryFile(_MEMORY_BYTES) as scratch,
+            tempfile.SpooledTemporaryFile(MEMORY_BYTES) as scratch,
         ):
             result = self.fetch_rows(rows, keys, scratch, on_progress)
-            return write_shard(result, self.schema(rows), self._config.encode_format, files, start=time_of_day(start))
-
-    def retry(
-        self,
-        rows: pa.Table,
-        old: ShardFiles,
-        files: ShardFiles,
-        failed_class: str,
-        on_progress: OnProgress | None = None,
-        *,
-        only: range | None = None,
-    ) -> Counter[str] | None:
-        """Try the failed rows of a written shard again, and keep the rest as it is.
-
-        Args:
-            rows: The rows of ``read_rows``.
-            old: The shard.
-            files: The files to write; its table and tar hold the good rows of before, byte for byte.
-            failed_class: Class of the failures (``pipeline.data.causes``), or ``all``.
-            on_progress: Receives the progress; rows that are kept count as finished.
-            only: Numbers of the rows that may be tried; default: all.
-
-        Returns:
-            Numbers of rows; None if no row came through: then nothing is written.
-
-        Raises:
-            DataError: If the shard has other rows.
-            StepError: If the disk is full.
-        """
-        start = time.monotonic()
-        with (
-            translate_os_errors(f"download: {files.tar.parent}"),
-            old.tar.open("rb") as stream,
-            tempfile.SpooledTemporaryFile(_MEMORY_BYTES) as scratch,
-        ):
-            merged, schema = read_shard(old.tar, old.parquet, stream)
-            if [row.values["uid"] for row in merged] != rows.column("uid").to_pylist():
-                raise DataError(
-                    f"download: {old.parquet}: it has other rows than the pairs; {repair_hint(old.parquet)}"
-                )
-            failed = [number for number in failed_rows(merged, failed_class) if only is None or number in only]
-            if not failed:
-                return None
-            keys = [merged[number].values["key"] for number in failed]
-            kept = rows.num_rows - len(failed)
-            again = self.fetch_rows(
-                rows.take(pa.array(failed, pa.int64())),
-                keys,
-                scratch,
-                on_progress and (lambda done, causes: on_progress(kept + done, causes)),
-            )
-            if not any(row.picture for row in again):
-                return None
-            for number, row in zip(failed, again, strict=True):
-                merged[number] = row
-            return write_shard(merged, schema, self._config.encode_format, files, start=time_of_day(start))
-
-    def join(
-        self, rows: pa.Table, shard: str, parts: Sequence[ShardFiles], killers: Sequence[int], files: ShardFiles
-    ) -> Counter[str]:
-        """Write a shard from parts of it.
-
-        Args:
-            rows: All rows of the shard.
-            shard: Shard name.
-            parts: Its parts, as ``download`` wrote them.
-            killers: Numbers of the rows that are in no part: their pictures took workers down.
-            files: The files to write.
-        """
-        start = time.monotonic()
-        with translate_os_errors(f"download: shard {shard}: {files.tar.parent}"), contextlib.ExitStack() as stack:
-            joined: list[ShardRow] = []
-            for part in parts:
-                part_rows, _ = read_shard(part.tar, part.parquet, stack.enter_context(part.tar.open("rb")))
-                joined += part_rows
-            error = FetchError("killer", "its worker was lost twice")
-            failure = _Failure(FAILED_TO_RESIZE, error.cause, str(error))
-            for number, stored in zip(
-                killers,
-                _stored_columns(rows.take(pa.array(killers, pa.int64())), self._config).to_pylist(),
-                strict=True,
-            ):
-                key = key_of(shard, number, self._config.samples_per_shard)
-                joined.append(ShardRow(self._values(stored, key, failure), None))
-            joined.sort(key=lambda row: row.values["key"])
-            return write_shard(joined, self.schema(rows), self._config.encode_format, files, start=time_of_day(start))
+            schema = shard_schema(rows, self.config)
+            return write_shard(result, schema, self.config.encode_format, files, start=time_of_day(start))
 
     def beat(self) -> int:
         """A number that grows from call to call while rows of any shard end, or wait for their host's turn."""
@@ -316,12 +169,6 @@ class Downloader:
         """
         return self._run(self._fetch_rows(rows, keys, scratch, on_progress))
 
-    def schema(self, rows: pa.Table) -> pa.Schema:
-        """Columns of the shard's table."""
-        kind = self._config.compute_hash
-        results = [*RESULT_FIELDS, *([] if kind == "none" else [(kind, pa.string())])]
-        return pa.schema([*_stored_columns(rows, self._config).schema, *(pa.field(*field) for field in results)])
-
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
@@ -331,7 +178,7 @@ class Downloader:
             raise
 
     async def _open(self) -> None:
-        config = self._config
+        config = self.config
         self._connections = Connections(config.resources.num_connections)
         self._decoders = await self._stack.enter_async_context(Decoders(config, self._num_decoders))
         fetcher = Fetcher(config, self._rules, self._limits, self._connections)
@@ -341,9 +188,9 @@ class Downloader:
         self, rows: pa.Table, keys: Sequence[str], scratch: IO[bytes], on_progress: OnProgress | None
     ) -> list[ShardRow]:
         same: defaultdict[_Request, list[int]] = defaultdict(list)
-        for row, request in enumerate(_requests(rows, self._config)):
+        for row, request in enumerate(_requests(rows, self.config)):
             same[request].append(row)
-        stored = _stored_columns(rows, self._config).to_pylist()
+        stored = stored_columns(rows, self.config).to_pylist()
         results: list[ShardRow | None] = [None] * len(stored)
         causes: Counter[str] = Counter()
 
@@ -354,8 +201,9 @@ class Downloader:
                 self._fetch_s += time.monotonic() - start
             picture = _append(scratch, outcome.data) if isinstance(outcome, StoredPicture) else None
             for number in numbers:
-                results[number] = ShardRow(self._values(stored[number], keys[number], outcome), picture)
-            if isinstance(outcome, _Failure):
+                values = row_values(stored[number], keys[number], outcome, self.config)
+                results[number] = ShardRow(values, picture)
+            if isinstance(outcome, Failure):
                 causes[outcome.cause] += len(numbers)
             self._num_done += len(numbers)
 
@@ -371,7 +219,7 @@ class Downloader:
             raise
         return cast("list[ShardRow]", results)
 
-    async def _fetch_one(self, request: _Request) -> StoredPicture | _Failure:
+    async def _fetch_one(self, request: _Request) -> StoredPicture | Failure:
         """Fetch and store a picture; nothing that a row or a host brings ends the shard.
 
         Raises:
@@ -393,36 +241,25 @@ class Downloader:
                     request.url[:_LOGGED_CHARS],
                     exc_info=error,
                 )
-            return _Failure(FAILED_TO_DOWNLOAD, "other", f"other: {kind}")
+            return Failure(FAILED_TO_DOWNLOAD, "other", f"other: {kind}")
 
-    async def _fetch_and_store(self, request: _Request) -> StoredPicture | _Failure:
+    async def _fetch_and_store(self, request: _Request) -> StoredPicture | Failure:
         if not request.url:  # every pair has a URL, until it is forgotten
-            return _Failure(FAILED_TO_DOWNLOAD, CAUSE, CAUSE)
+            return Failure(FAILED_TO_DOWNLOAD, CAUSE, CAUSE)
         if request.boxes is None:  # a face that the list wants blurred must not be stored as it is
-            return _Failure(FAILED_TO_DOWNLOAD, "boxes", "boxes")
+            return Failure(FAILED_TO_DOWNLOAD, "boxes", "boxes")
         try:
             body = await self._fetcher.fetch(request.url)
         except FetchError as error:
-            return _Failure(FAILED_TO_DOWNLOAD, error.cause, str(error))
+            return Failure(FAILED_TO_DOWNLOAD, error.cause, str(error))
         with body:
             try:
                 return await self._decoders.store(body, request.boxes, request.checksum)
             except FetchError as error:
                 status = FAILED_TO_DOWNLOAD if error.cause == "hash" else FAILED_TO_RESIZE
-                return _Failure(status, error.cause, str(error))
+                return Failure(status, error.cause, str(error))
             except PictureError as error:
-                return _Failure(FAILED_TO_RESIZE, error.reason, error.reason)
-
-    def _values(self, stored: dict[str, Any], key: str, outcome: StoredPicture | _Failure) -> dict[str, Any]:
-        """All columns of a row, in img2dataset's order."""
-        kind = self._config.compute_hash
-        names = [name for name, _ in RESULT_FIELDS] + ([] if kind == "none" else [kind])
-        values = stored | dict.fromkeys(names) | {"key": key}
-        if isinstance(outcome, _Failure):
-            return values | {"status": outcome.status, "error_message": outcome.message}
-        values |= {"status": SUCCESS, "width": outcome.width, "height": outcome.height, "exif": outcome.exif}
-        values |= {"original_width": outcome.original_width, "original_height": outcome.original_height}
-        return values | ({} if kind == "none" else {kind: outcome.digest})
+                return Failure(FAILED_TO_RESIZE, error.reason, error.reason)
 
 
 @dataclass(frozen=True)
@@ -433,13 +270,6 @@ class _Request:
     boxes: Boxes | None
     """None: they are malformed."""
     checksum: str
-
-
-@dataclass(frozen=True)
-class _Failure:
-    status: str
-    cause: str
-    message: str
 
 
 async def _report(
@@ -465,25 +295,3 @@ def _requests(rows: pa.Table, config: DownloadConfig) -> list[_Request]:
 
     columns = zip(rows.column("url").to_pylist(), values(config.blur_column), values(config.hash_column), strict=True)
     return [_Request(url or "", read_boxes(boxes), str(checksum or "")) for url, boxes, checksum in columns]
-
-
-def _stored_columns(rows: pa.Table, config: DownloadConfig) -> pa.Table:
-    """The columns that go into the shard, those that JSON does not have as text."""
-    names = [name for name in rows.column_names if name not in _read_only(config)]
-    rows = rows.select(names)
-    for index, name in enumerate(names):
-        kind = rows.schema.field(name).type
-        if not (
-            pa.types.is_string(kind)
-            or pa.types.is_integer(kind)
-            or pa.types.is_floating(kind)
-            or pa.types.is_boolean(kind)
-        ):
-            texts = [None if value is None else str(value) for value in rows.column(name).to_pylist()]
-            rows = rows.set_column(index, name, pa.array(texts, pa.string()))
-    return rows
-
-
-def _read_only(config: DownloadConfig) -> set[str]:
-    """Columns of the pairs that are read and not stored."""
-    return {config.blur_column, config.hash_column} - {*config.extra_columns, *_PASSED_THROUGH, "url", "caption", ""}

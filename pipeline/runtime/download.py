@@ -41,8 +41,8 @@ def run_download(context: StepContext) -> StepResult:
     """
     if context.recipe.pairs.source == "shards":
         return take_in_shards(context)
-    from pipeline.data.download import check_columns, shard_names
     from pipeline.data.pairs import Pairs
+    from pipeline.data.shard_rows import check_columns, shard_names
 
     config, output, pairs = context.recipe.download, context.output, Pairs(context.inputs["pairs"])
     num_rows = pairs.num_rows

@@ -54,7 +54,7 @@ class DownloadWorker:
 
     def __call__(self, shard: str) -> ShardRecord:
         """Download one shard and commit it."""
-        from pipeline.data.download import read_rows
+        from pipeline.data.shard_rows import read_rows
 
         start, output = time.monotonic(), self._output
         rows = read_rows(self._pairs, shard, self._config)
@@ -83,12 +83,14 @@ class DownloadWorker:
 
     def _download_in_parts(self, rows: pa.Table, shard: str, split: Split, files: ShardFiles) -> Counter[str]:
         """Download a shard that took its workers down, part by part; what is done before a loss is kept."""
+        from pipeline.data.shard_again import join_shard
+
         parts = _parts(self._output, shard)
         for start, stop in _begun(self._output, shard, split):
             with _written(parts, f"{start}-{stop}") as part_files:
                 self._download(rows.slice(start, stop - start), shard, part_files, first=start)
         made = [ShardFiles(*map(parts.path, _names(f"{start}-{stop}"))) for start, stop in split.done]
-        return self._downloader.join(rows, shard, made, split.killers, files)
+        return join_shard(rows, shard, made, split.killers, files, self._config)
 
     def _commit(
         self,
@@ -99,7 +101,7 @@ class DownloadWorker:
         splits: dict[str, int],
         start: float,
     ) -> ShardRecord:
-        from pipeline.data.download import ShardSpan
+        from pipeline.data.shard_rows import ShardSpan
 
         span = ShardSpan.of(shard, self._pairs.list_rows, self._config.samples_per_shard)
         record = ShardRecord(
@@ -127,7 +129,8 @@ class RetryWorker(DownloadWorker):
 
     def __call__(self, shard: str) -> ShardRecord:
         """Try one shard again."""
-        from pipeline.data.download import read_rows
+        from pipeline.data.shard_again import retry_shard
+        from pipeline.data.shard_rows import read_rows
 
         start, output, failed_class = time.monotonic(), self._output, self._context.retry_failed
         staged = staged_in(output, failed_class)
@@ -138,7 +141,7 @@ class RetryWorker(DownloadWorker):
             files: ShardFiles | None = _files_in(folder, shard)
             if split is not None:
                 files = self._retry_in_parts(rows, shard, old, split)
-            elif self._downloader.retry(rows, old, files, failed_class, self._reporter(shard)) is None:
+            elif retry_shard(self._downloader, rows, old, files, failed_class, self._reporter(shard)) is None:
                 files = None
             if files is None:
                 record = dataclasses.replace(output.shard_record(shard), files={})
@@ -162,6 +165,8 @@ class RetryWorker(DownloadWorker):
         Returns:
             The last shard that was made; None if no row came through.
         """
+        from pipeline.data.shard_again import retry_shard
+
         failed_class = self._context.retry_failed
         staged = staged_in(self._output, failed_class)
         parts = _parts(staged, shard)
@@ -171,8 +176,14 @@ class RetryWorker(DownloadWorker):
         for part in _begun(staged, shard, split):
             with tempfile.TemporaryDirectory() as folder:
                 files = _files_in(folder, shard)
-                tried = self._downloader.retry(
-                    rows, newest or old, files, failed_class, self._reporter(shard), only=range(*part)
+                tried = retry_shard(
+                    self._downloader,
+                    rows,
+                    newest or old,
+                    files,
+                    failed_class,
+                    self._reporter(shard),
+                    only=range(*part),
                 )
                 if tried is not None:
                     _copy(files, parts, _part_name(part))

@@ -19,13 +19,15 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.clip.model import describe_clip
-from pipeline.data.download import Downloader, address_rules, read_rows
+from pipeline.data.download import Downloader, address_rules
 from pipeline.data.drawn import EVALUATION, write_evaluation
 from pipeline.data.embed import Embedder
 from pipeline.data.make_pairs import write_pairs
 from pipeline.data.npy_folder import NpyPart, find_parts, import_part
 from pipeline.data.pairs import Pairs
 from pipeline.data.selection import label_file
+from pipeline.data.shard_again import join_shard
+from pipeline.data.shard_rows import read_rows
 from pipeline.data.shard_tables import read_names, read_schema, read_table
 from pipeline.data.shard_writer import SUCCESS, ShardFiles, failure_causes
 from pipeline.data.sources import Source, source_of
@@ -165,7 +167,7 @@ class Rehearsal:
             # With a local server, its time and the worker's are added: they share the cores.
             seconds = _processor_s() - before_s
             files = ShardFiles(*(stack.enter_context(output.write(name)) for name in names))
-            counts = downloader.join(all_rows, _SHARD, parts, [], files)
+            counts = join_shard(all_rows, _SHARD, parts, [], files, config)
         if self.recipe.pairs.source != "drawn":
             # A real worker fetches rows of the next shards meanwhile: a dead host holds up one connection alone.
             num_late = failure_causes([output.read_json(names[2])])["deadline"]

@@ -16,7 +16,6 @@ import pytest
 from PIL import Image
 
 from pipeline import pictures
-from pipeline.data.download import download_shard
 from pipeline.data.resize import Resizer
 from pipeline.data.rows import make_uid
 from pipeline.data.shard_tables import Place
@@ -25,6 +24,7 @@ from pipeline.data.urls import AddressRules
 from pipeline.pictures import decode, fit
 from pipeline.recipe.sections import DownloadConfig
 from tests.data.conftest import PictureServer
+from tests.tiny.shards import download_shard
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 

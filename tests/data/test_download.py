@@ -24,10 +24,12 @@ from PIL import Image
 
 from pipeline.data import decoders, download, shard_writer
 from pipeline.data.causes import FetchError
-from pipeline.data.download import Downloader, check_columns, download_shard, read_rows, shard_names
+from pipeline.data.download import Downloader
 from pipeline.data.fetch import Fetcher
 from pipeline.data.resize import Resizer, StoredPicture
 from pipeline.data.rows import make_uid
+from pipeline.data.shard_again import join_shard, retry_shard
+from pipeline.data.shard_rows import check_columns, read_rows, shard_names
 from pipeline.data.shard_writer import ShardFiles, failure_causes, key_of, repeated_pictures
 from pipeline.data.urls import AddressRules
 from pipeline.errors import ConfigError, DataError, StepError
@@ -36,6 +38,7 @@ from pipeline.recipe.sections import SHARD_COLUMNS, DownloadConfig, DownloadReso
 from tests.data.conftest import CASES, PictureServer, make_picture
 from tests.data.hostile import HostileServer, dead_addresses, urls_that_never_end
 from tests.tiny.pairs import write_parts
+from tests.tiny.shards import download_shard
 
 _CONFIG = DownloadConfig(
     samples_per_shard=100,
@@ -113,7 +116,7 @@ def test_parts_of_a_shard_are_joined_if_no_row_took_workers_down(server: Picture
     with Downloader(_CONFIG, _NEAR) as downloader:
         for start, part in zip((0, 2), parts, strict=True):
             downloader.download(rows.slice(start, 2), "00003", part, first=start)
-        counts = downloader.join(rows, "00003", parts, [], joined)
+    counts = join_shard(rows, "00003", parts, [], joined, _CONFIG)
     assert counts == {"in": 4, "ok": 3, "failed_to_download": 1, "failed_to_resize": 0}
     assert [file.read_bytes() for file in joined[:2]] == [file.read_bytes() for file in whole[:2]]
 
@@ -646,20 +649,20 @@ def test_retry_tries_failed_rows_of_a_class_and_keeps_the_rest(hostile: HostileS
         assert downloader.download(rows, "00003", old)["ok"] == 2
         hostile.requests.clear()
         (tmp_path / "new").mkdir()
-        assert downloader.retry(rows, old, _files(tmp_path / "none"), "http-404", lambda *_: None) is None
-        none = downloader.retry(rows, old, _files(tmp_path / "none"), "all", lambda *_: None, only=range(1))
+        assert retry_shard(downloader, rows, old, _files(tmp_path / "none"), "http-404", lambda *_: None) is None
+        none = retry_shard(downloader, rows, old, _files(tmp_path / "none"), "all", lambda *_: None, only=range(1))
         assert none is None
         assert list((tmp_path / "none").iterdir()) == []
         hostile.requests[f"127.0.0.1/{paths[1]}"] = hostile.requests[f"127.0.0.1/{paths[2]}"] = 1
         new = _files(tmp_path / "new")
-        counts = downloader.retry(rows, old, new, "http-5")
+        counts = retry_shard(downloader, rows, old, new, "http-5")
         assert counts is None  # a class is the whole of a status, or http
-        counts = downloader.retry(rows, old, new, "http-503")
+        counts = retry_shard(downloader, rows, old, new, "http-503")
         assert counts == {"in": 5, "ok": 3, "failed_to_download": 2, "failed_to_resize": 0}
         asked = {target for target, count in hostile.requests.items() if count and "robots" not in target}
         assert f"127.0.0.1/{paths[0]}" not in asked
         last = _files(tmp_path / "last")
-        assert downloader.retry(rows, new, last, "all") == {
+        assert retry_shard(downloader, rows, new, last, "all") == {
             "in": 5, "ok": 4, "failed_to_download": 1, "failed_to_resize": 0,
         }  # fmt: skip
         whole = _files(tmp_path / "whole")
@@ -669,4 +672,4 @@ def test_retry_tries_failed_rows_of_a_class_and_keeps_the_rest(hostile: HostileS
     assert last.tar.read_bytes() == whole.tar.read_bytes()
     assert last.parquet.read_bytes() == whole.parquet.read_bytes()
     with pytest.raises(DataError, match="other rows than the pairs"), Downloader(config, _NEAR) as downloader:
-        downloader.retry(rows.take([1, 0, 2, 3, 4]), old, new, "all")
+        retry_shard(downloader, rows.take([1, 0, 2, 3, 4]), old, new, "all")

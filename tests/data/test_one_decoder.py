@@ -15,7 +15,6 @@ from PIL import Image
 from pipeline.clip.files import load_clip
 from pipeline.clip.frozen import FrozenClip
 from pipeline.data.batches import Samples
-from pipeline.data.download import download_shard
 from pipeline.data.embed import Embedder
 from pipeline.data.rows import make_uid
 from pipeline.data.shard_writer import ShardFiles
@@ -30,6 +29,7 @@ from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.store import Artifact
 from tests.data.conftest import CASES, PictureServer
 from tests.tiny.networks import make_clip
+from tests.tiny.shards import download_shard
 
 _NAMES = ("lying-down.jpg", "gray16.png", "gray16.tif", "rgb16.png", "rgba16.png")
 _OTHERS = ("jpg/1", "jpg/2", "png/3")

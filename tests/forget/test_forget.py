@@ -14,7 +14,6 @@ import tomli_w
 
 from jobs.forget import _print_removals, _print_search  # pyright: ignore[reportPrivateUsage]
 from pipeline.data.blank import blank_rows
-from pipeline.data.download import download_shard
 from pipeline.data.make_pairs import PairsMaker
 from pipeline.data.rows import make_uid
 from pipeline.data.selection import embeddings_of, selection_of
@@ -44,6 +43,7 @@ from tests.forget.made import (
     without_none,
 )
 from tests.tiny.command import unclip_here, unclip_json
+from tests.tiny.shards import download_shard
 
 
 def _uids(table: ShardTable) -> list[str]:

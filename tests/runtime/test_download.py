@@ -15,7 +15,7 @@ import pytest
 import ray
 import tomli_w
 
-from pipeline.data.download import Downloader
+from pipeline.data import shard_again
 from pipeline.data.retries import ask_retry, staged_in, waiting_retries
 from pipeline.data.splits import Split
 from pipeline.errors import StepError
@@ -167,7 +167,7 @@ def test_a_retry_in_parts_goes_on_from_the_parts_that_are_done(
     output, staged = context.output, staged_in(context.output, "http")
     assert run_download(replace(context, retry_failed="")).counts["ok"] == 1
     write_split(staged, "00000", Split([(0, 2), (2, 3)], killers=[3]))
-    retry, tried = Downloader.retry, list[range | None]()
+    retry, tried = shard_again.retry_shard, list[range | None]()
 
     def retry_and_stop(*arguments: Any, only: range | None = None) -> Any:
         tried.append(only)
@@ -175,7 +175,7 @@ def test_a_retry_in_parts_goes_on_from_the_parts_that_are_done(
             raise KeyboardInterrupt
         return retry(*arguments, only=only)
 
-    monkeypatch.setattr(Downloader, "retry", retry_and_stop)
+    monkeypatch.setattr(shard_again, "retry_shard", retry_and_stop)
     worker = RetryWorker(context)
     with pytest.raises(KeyboardInterrupt):
         worker("00000")

@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +15,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
+from pipeline.data.download import Downloader
 from pipeline.data.rows import embeddings_schema, make_uid
+from pipeline.data.shard_writer import ShardFiles
+from pipeline.data.urls import AddressRules
 from pipeline.data.vectors import to_arrow, write_embeddings
 from pipeline.pictures import to_png
+from pipeline.recipe.sections import DownloadConfig
 from pipeline.shapes.captions import training_caption
 from pipeline.shapes.draw import draw
 from pipeline.shapes.scene import training_scene
@@ -70,6 +75,14 @@ def write_shard(
     counts = {"in": len(rows), "ok": num_ok, "failed_to_download": len(rows) - num_ok}
     download.commit_shard(ShardRecord(shard=shard, counts=counts, files={}))
     return download.path(f"{shard}.tar"), download.path(f"{shard}.parquet")
+
+
+def download_shard(
+    rows: pa.Table, shard: str, config: DownloadConfig, files: ShardFiles, rules: AddressRules
+) -> Counter[str]:
+    """Download one shard by a downloader of its own; returns the numbers of its rows."""
+    with Downloader(config, rules) as downloader:
+        return downloader.download(rows, shard, files)
 
 
 def noisy_shard(
