@@ -6,7 +6,6 @@ for pure noise (models/diffusion/schedules.py makes lists), and the step after i
 
     sample                            the sampler that a SamplerConfig names
     sample_along, iterate_steps       any step of models/diffusion/steps.py: ddpm, analytic, ddim, dpmpp_2m, heun
-    iterate_inversion                 from a sample back to its noise
 
 The steps themselves take one timestep per item, for a server that batches requests at different steps.
 """
@@ -30,7 +29,6 @@ from models.diffusion.steps import (
     SamplerState,
     Step,
     analytic_step,
-    ddim_invert_step,
     ddim_step,
     ddpm_step,
     dpmpp_2m_step,
@@ -92,37 +90,6 @@ def sample_along(step: Step, denoise: Denoise, x_T: Tensor, diffusion: Diffusion
     """The sample at the end of ``iterate_steps``, (B, C, ...)."""
     *_, last = iterate_steps(step, denoise, x_T, diffusion, timesteps)
     return last.x
-
-
-def iterate_inversion(
-    denoise: Denoise,
-    x0: Tensor,
-    diffusion: Diffusion,
-    timesteps: Sequence[int],
-    *,
-    num_refinements: int = 0,
-    limit: Limit | None = None,
-) -> Iterator[SamplerState]:
-    """Walk DDIM backwards and yield the state after each step; the last ``x`` is x_T.
-
-    Args:
-        denoise: The network, conditioned as it will be for sampling.
-        x0: Clean samples, (B, C, ...).
-        diffusion: The process.
-        timesteps: As for sampling: strictly decreasing.
-        num_refinements: Further network calls per step: the reconstruction error falls with each.
-        limit: As for sampling.
-
-    Raises:
-        ValueError: If the timesteps are not strictly decreasing within the chain.
-    """
-    _require_decreasing(timesteps, diffusion)
-    step = partial(ddim_invert_step, num_refinements=num_refinements, limit=limit)
-    state = initial_state(x0, diffusion)
-    for t, t_next in pairwise((-1, *reversed(timesteps))):
-        with torch.no_grad():
-            state = step(denoise, state, _filled(t, x0), _filled(t_next, x0), diffusion)
-        yield state
 
 
 def sample(

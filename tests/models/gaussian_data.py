@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from models.diffusion.config import DiffusionConfig
 from models.diffusion.process import Denoise, Diffusion
-from models.diffusion.samplers import iterate_inversion
+from models.diffusion.steps import ddim_invert_step, initial_state
 
 PUBLISHED_STD = 0.5375
 """Spread of the data on which few-step errors of the samplers were published, to three places: the only one that gives all
@@ -27,8 +28,12 @@ def output_from_x0(diffusion: Diffusion, x0: Tensor, x: Tensor, t: Tensor) -> Te
 
 def invert_ddim(denoise: Denoise, x0: Tensor, diffusion: Diffusion, timesteps: Sequence[int], **options: Any) -> Tensor:
     """The x_T from which DDIM with the same timesteps samples ``x0``."""
-    *_, last = iterate_inversion(denoise, x0, diffusion, timesteps, **options)
-    return last.x
+    state = initial_state(x0, diffusion)
+    for ends in pairwise((-1, *reversed(timesteps))):
+        t, t_next = (torch.full((len(x0),), end) for end in ends)
+        with torch.no_grad():
+            state = ddim_invert_step(denoise, state, t, t_next, diffusion, **options)
+    return state.x
 
 
 @dataclass(frozen=True)

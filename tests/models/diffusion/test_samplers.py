@@ -8,7 +8,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 import torch
-from gaussian_data import PUBLISHED_STD, Denoise, GaussianData, invert_ddim, make_diffusion, output_from_x0
+from gaussian_data import PUBLISHED_STD, Denoise, GaussianData, make_diffusion, output_from_x0
 from torch import Tensor
 
 from models.diffusion.config import SamplerConfig
@@ -186,8 +186,6 @@ def test_samplers_refuse_lists_that_do_not_fall(steps: tuple[int, ...]) -> None:
     diffusion, x = make_diffusion(), torch.zeros(1, 2)
     with pytest.raises(ValueError, match="timesteps"):
         sample_along(ddim_step, DATA.denoiser(diffusion), x, diffusion, steps)
-    with pytest.raises(ValueError, match="timesteps"):
-        invert_ddim(DATA.denoiser(diffusion), x, diffusion, steps)
 
 
 # ---- one step ------------------------------------------------------------------------------
