@@ -116,14 +116,6 @@ class Cascade:
         kinds = ", ".join(f"{stage.name} ({type(stage).__name__})" for stage in self.stages)
         raise ValueError(f"this cascade has no {kind.__name__} {name}; it has {kinds}")
 
-    def with_stages(self, *stages: Stage) -> Cascade:
-        """The same cascade, in which each of ``stages`` replaces the one of its name."""
-        by_name = {stage.name: stage for stage in stages}
-        new_stages = [by_name.pop(stage.name, stage) for stage in self.stages]
-        if by_name:
-            raise ValueError(f"this cascade has no {', '.join(by_name)}")
-        return Cascade(self.clip, new_stages, micro_batch=self.micro_batch)
-
     def after(self, value: str) -> tuple[Stage, ...]:
         """The stages after the last one that makes ``value``; all of them if none makes it."""
         last = max((number for number, stage in enumerate(self.stages) if stage.makes == value), default=-1)

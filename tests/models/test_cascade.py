@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import CONVOLUTION, DIMS, UNET, Captions, make_text, randomise
+from tiny_models import CONVOLUTION, DIMS, UNET, Captions, make_text, randomise, with_stages
 
 from models.ar_prior.config import ArPriorConfig, TokenSamplerConfig
 from models.ar_prior.network import ArPrior
@@ -108,7 +108,7 @@ def test_sample_stops_at_the_last_stage(cascade: Cascade) -> None:
 def test_watch_hears_of_every_step_and_of_what_it_comes_to(cascade: Cascade) -> None:
     steps, last = list[StageStep](), cascade.stage("upsampler_2", UpsamplerStage)
     fewer = replace(last, sampler=replace(last.sampler, num_steps=2))
-    result = cascade.with_stages(fewer).sample(PROMPTS[:2], [1, 2], steps.append)
+    result = with_stages(cascade, fewer).sample(PROMPTS[:2], [1, 2], steps.append)
     totals = {"prior": 3, "decoder": 4, "upsampler_1": 3, "upsampler_2": 2}
     assert [(step.stage, step.done, step.total) for step in steps] == [
         (stage, done, total) for stage, total in totals.items() for done in range(1, total + 1)
@@ -186,7 +186,7 @@ def test_an_autoregressive_prior_samples_in_a_cascade_as_the_other_does(cascade:
     network = ArPrior(config, DIMS)
     randomise(network)
     stage = ArPriorStage.of(network)
-    autoregressive = cascade.with_stages(stage)
+    autoregressive = with_stages(cascade, stage)
     result = autoregressive.sample(PROMPTS, [1, 1, 2, 1])
     alone = autoregressive.sample(PROMPTS[1:2], [1])
     torch.testing.assert_close(result.z_image[1:2], alone.z_image, rtol=0, atol=1e-5)

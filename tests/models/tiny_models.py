@@ -6,11 +6,13 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+from models.cascade import Cascade
 from models.clip_config import ClipDims
 from models.layers.config import UNetConfig
 from models.pca import Pca, PcaSums
 from models.pixels import resize_crop, to_pixels, to_uint8
 from models.rows import concat_rows
+from models.stage import Stage
 from models.text import TextEncoding
 
 DIMS = ClipDims(embed_dim=12, text_width=10, context_length=9)
@@ -41,6 +43,14 @@ def randomise(model: torch.nn.Module, std: float = 0.1) -> None:
     for name, parameter in model.named_parameters():
         if "norm" not in name:
             torch.nn.init.normal_(parameter, std=std)
+
+
+def with_stages(cascade: Cascade, *stages: Stage) -> Cascade:
+    """The same cascade, in which each of ``stages`` replaces the one of its name."""
+    by_name = {stage.name: stage for stage in stages}
+    assert by_name.keys() <= {stage.name for stage in cascade.stages}
+    replaced = [by_name.get(stage.name, stage) for stage in cascade.stages]
+    return Cascade(cascade.clip, replaced, micro_batch=cascade.micro_batch)
 
 
 def embeddings(count: int = 300, features: int = 12) -> torch.Tensor:

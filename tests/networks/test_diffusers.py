@@ -40,6 +40,7 @@ from pipeline.networks.diffusers import export_diffusers, export_native, import_
 from pipeline.networks.files import load_initial, load_network, save_network
 from pipeline.recipe.recipe import load_recipe
 from pipeline.workspace.store import Artifact
+from tests.models.tiny_models import with_stages
 from tests.tiny.networks import DECODER, PRIOR, UPSAMPLER, make_cascade, save_cascade
 
 
@@ -134,7 +135,7 @@ def test_folder_of_raw_embeddings_takes_unit_ones_here_and_goes_back_to_the_bit(
 def test_prior_for_embeddings_of_another_length_is_exported_for_the_decoders(tmp_path: Path) -> None:
     cascade = make_cascade()
     decoder = Decoder(replace(DECODER, image_norm=8.0), cascade.clip.dims)
-    write(cascade.with_stages(DecoderStage.of(decoder)), tmp_path / "out")
+    write(with_stages(cascade, DecoderStage.of(decoder)), tmp_path / "out")
     import_diffusers(tmp_path / "out", tmp_path / "ours")
     prior, again = (load_network(Artifact(str(tmp_path / "ours" / name))) for name in ("prior", "decoder"))
     assert (prior.config.image_norm, again.config.image_norm) == (8.0, 8.0)
@@ -259,7 +260,7 @@ def test_what_the_layout_cannot_hold_is_refused_by_name_and_nothing_is_written(t
     config = replace(DECODER, unet=unet, diffusion=DiffusionConfig(prediction="v"))
     prior = Prior(replace(PRIOR, mlp_ratio=2), cascade.clip.dims)
     decoder = Decoder(config, cascade.clip.dims)
-    broken = cascade.with_stages(PriorStage.of(prior), DecoderStage.of(decoder))
+    broken = with_stages(cascade, PriorStage.of(prior), DecoderStage.of(decoder))
     with pytest.raises(ConfigError) as error:
         write(broken, tmp_path / "out")
     for name in (
@@ -290,7 +291,7 @@ def test_a_cascade_without_an_upsampler_and_a_full_folder_are_refused(tmp_path: 
 def test_an_autoregressive_prior_is_refused(tmp_path: Path) -> None:
     cascade = make_cascade()
     prior = ArPrior(ArPriorConfig(width=8, depth=1, num_heads=2, num_components=2), cascade.clip.dims)
-    other = cascade.with_stages(ArPriorStage.of(prior))
+    other = with_stages(cascade, ArPriorStage.of(prior))
     with pytest.raises(ConfigError, match=r"prior\.model\.kind: the layout has a diffusion prior"):
         write(other, tmp_path / "out")
 

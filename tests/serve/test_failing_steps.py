@@ -19,7 +19,7 @@ from models.stage import Chain
 from pipeline.serve.engine import Engine
 from pipeline.serve.protocols import Preview
 from pipeline.serve.schedule import Schedule
-from tests.models.tiny_models import randomise
+from tests.models.tiny_models import randomise, with_stages
 from tests.serve.test_engine import wait_until
 from tests.tiny.pictures import almost_equal
 
@@ -88,7 +88,7 @@ def test_a_step_that_failed_is_taken_again_with_the_same_noise(
         torch.manual_seed(1)
         config = ArPriorConfig(width=16, depth=2, num_heads=2, num_components=9, num_buckets=16)
         randomise(prior := ArPrior(config, cascade.clip.dims))
-        cascade = cascade.with_stages(ArPriorStage.of(prior))
+        cascade = with_stages(cascade, ArPriorStage.of(prior))
     unsteady = Cascade(cascade.clip, [Unsteady(stage, failing) for stage in cascade.stages])
     with closing(Engine(unsteady, max_batch_size=2)) as engine:
         sampled = engine.submit(SampleRequest("a", (1, 2))).result(60)

@@ -22,7 +22,7 @@ from models.prior.stage import PriorStage
 from models.request import SampleRequest
 from models.stage import Z_IMAGE, Batch, Chain
 from pipeline.serve.engine import Engine
-from tests.models.tiny_models import CONVOLUTION, randomise
+from tests.models.tiny_models import CONVOLUTION, randomise, with_stages
 from tests.tiny.pictures import almost_equal
 
 PROMPTS = ["a red circle", "a large blue square above a small green star", "two", "a red circle"]
@@ -43,7 +43,7 @@ def test_requests_with_other_numbers_of_candidates_share_steps(cascade: Cascade)
     several = SampleRequest("two", (5,), num_candidates=3)
     check_staggered(cascade, [REQUESTS[0], several, REQUESTS[1]])
     prior = dataclasses.replace(cascade.stage("prior", PriorStage), num_candidates=3)
-    expected = cascade.with_stages(prior).sample(["two"], [5])
+    expected = with_stages(cascade, prior).sample(["two"], [5])
     assert torch.equal(cascade.sample_request(several).z_image, expected.z_image)
     assert not torch.equal(cascade.sample(["two"], [5]).z_image, expected.z_image)
 
@@ -54,7 +54,7 @@ def test_joined_chains_sample_tokens_too(cascade: Cascade, guidance_scale: float
     prior = ArPrior(ArPriorConfig(width=16, depth=2, num_heads=2, num_components=9, num_buckets=16), cascade.clip.dims)
     randomise(prior)
     stage = ArPriorStage(prior, TokenSamplerConfig(guidance_scale=guidance_scale, top_k=8), "prior", num_candidates=2)
-    check_staggered(cascade.with_stages(stage))
+    check_staggered(with_stages(cascade, stage))
 
 
 def test_joined_chains_are_guided_by_clip_as_the_cascade_is(cascade: Cascade) -> None:
@@ -158,7 +158,8 @@ def test_guidance_and_steps_of_a_request_are_those_of_its_pictures(
         scale, num_steps = request.guidance_scale["decoder"], request.num_steps["decoder"]
         sampler = dataclasses.replace(decoder.sampler, guidance_scale=scale, num_steps=num_steps)
         prior = cascade.stage("prior", PriorStage)
-        settings = cascade.with_stages(
+        settings = with_stages(
+            cascade,
             dataclasses.replace(decoder, sampler=sampler),
             dataclasses.replace(prior, sampler=dataclasses.replace(prior.sampler, num_steps=3)),
         )
@@ -175,7 +176,7 @@ def test_guidance_of_a_request_reaches_the_tokens(cascade: Cascade) -> None:
     torch.manual_seed(1)
     prior = ArPrior(ArPriorConfig(width=16, depth=2, num_heads=2, num_components=9, num_buckets=16), cascade.clip.dims)
     randomise(prior)
-    tokens = cascade.with_stages(ArPriorStage.of(prior))
+    tokens = with_stages(cascade, ArPriorStage.of(prior))
     requests = [SampleRequest("two", (1,), guidance_scale={"prior": scale}) for scale in (1.0, 1.7, 6.0)]
     check_staggered(tokens, requests)
     one, _, other = (tokens.sample_request(request).z_image for request in requests)
@@ -188,7 +189,7 @@ def test_negative_prompts_lead_every_guided_stage_away(cascade: Cascade) -> None
     torch.manual_seed(1)
     prior = ArPrior(ArPriorConfig(width=16, depth=2, num_heads=2, num_components=9, num_buckets=16), cascade.clip.dims)
     randomise(prior)
-    for one in (cascade, cascade.with_stages(ArPriorStage.of(prior))):
+    for one in (cascade, with_stages(cascade, ArPriorStage.of(prior))):
         scale = {"prior": 3.0, "decoder": 3.0}
         requests = [
             SampleRequest("two", (1,), guidance_scale=scale, negative_prompt=text) for text in ("", "a red circle")

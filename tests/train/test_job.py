@@ -23,6 +23,7 @@ from pipeline.train.job import MetricsLog, run_job
 from pipeline.train.resume import checkpoint_name, checkpoint_steps
 from pipeline.workspace.progress import METRICS
 from pipeline.workspace.store import Artifact
+from tests.models.tiny_models import with_stages
 from tests.tiny.shards import EMBED_DIM
 from tests.tiny.storage import fail_calls
 from tests.tiny.training import no_watch, tiny_inputs, tiny_job, training_recipe
@@ -348,7 +349,7 @@ def test_a_noise_aware_clip_guides_the_cascade_it_is_trained_for(tmp_path: Path)
     for parameter in decoder.network.parameters():  # those that start at zero too
         torch.nn.init.normal_(parameter, std=0.1)
     sampler = dataclasses.replace(decoder.sampler, clip_guidance_scale=50.0)
-    guided = cascade.with_stages(dataclasses.replace(decoder, sampler=sampler))
+    guided = with_stages(cascade, dataclasses.replace(decoder, sampler=sampler))
     pictures = [one.sample(["a red circle"], [0]).images.float() for one in (cascade, guided)]
     assert (pictures[0] - pictures[1]).abs().max() > 1
     del artifacts["noisy_clip"]
