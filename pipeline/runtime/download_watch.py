@@ -30,7 +30,8 @@ class DownloadWatch:
         self._output = output
         self._causes: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
-        self._records: list[ShardRecord] = []
+        self.num_records = 0
+        """Shards that are finished."""
         self._readings: dict[str, tuple[ShardReading, dict[str, int]]] = {}
         self._next_look = float("-inf")
 
@@ -48,16 +49,11 @@ class DownloadWatch:
 
     def add(self, records: list[ShardRecord]) -> None:
         """Take note of shards that are finished."""
-        self._records += records
+        self.num_records += len(records)
         for record in records:
             self._causes.update(record.causes)
             self._counts.update(record.counts)
             self._readings.pop(record.shard, None)
-
-    @property
-    def num_records(self) -> int:
-        """Shards that are finished."""
-        return len(self._records)
 
     def require_success(self, config: DownloadConfig, *, is_last: bool) -> None:
         """Stop a download of which too little comes through.
