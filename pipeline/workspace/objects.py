@@ -18,6 +18,7 @@ from pipeline.workspace.ranged_file import RangedFile
 from pipeline.workspace.store_errors import (
     NO_CREDENTIALS,
     REFUSED_FILE,
+    explained,
     is_beyond_end,
     is_of_wrong_clock,
     passes,
@@ -32,12 +33,6 @@ T = TypeVar("T")
 _STAMPS = ("md5Hash", "ETag", "etag", "checksum", "generation", "LastModified", "last_modified", "updated", "mtime")
 """What stores say of a content, the surest first."""
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
-_CREDENTIALS = {
-    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give this machine an instance profile",
-    "gcs": "set GOOGLE_APPLICATION_CREDENTIALS, or run `gcloud auth application-default login`",
-    "azure": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or AZURE_STORAGE_CONNECTION_STRING",
-}
-_ENDPOINTS = {"s3": "; is AWS_ENDPOINT_URL right, and AWS_REGION?"}
 _FIRST_PATIENCE_S = 10.0
 _PATIENCE_S = 300.0
 _LONGEST_WAIT_S = 15.0
@@ -378,7 +373,7 @@ class ObjectStore:
         code = str(response_of(error).get("Error", {}).get("Code", ""))
         is_refused = isinstance(error, PermissionError)
         is_of_one = (not code or code in REFUSED_FILE) if is_refused else not names & NO_CREDENTIALS
-        return None if is_of_one and not is_of_wrong_clock(error) else self._explained(error)
+        return None if is_of_one and not is_of_wrong_clock(error) else self._explain(error)
 
     def unstrip_protocol(self, path: str) -> str:
         """The URI of a path."""
@@ -421,30 +416,16 @@ class ObjectStore:
             except Exception as error:
                 patience_s = _PATIENCE_S if self._name in _answered else _FIRST_PATIENCE_S
                 if not passes(error) or outage.lasted_s > patience_s:
-                    raise self._explained(error) from error
+                    raise self._explain(error) from error
                 outage.wait(wait_s, error)
             else:
                 _answered.add(self._name)
                 return answer
             wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
 
-    def _explained(self, error: Exception) -> Exception:
-        names = {cls.__name__ for cls in type(error).__mro__}
-        text = " ".join(str(error).split()) or type(error).__name__
-        if type(error).__name__ == "FileExpired":
-            return DataError(f"{self._uri}: a file was replaced while it was read; run again")
-        if is_of_wrong_clock(error):
-            return StepError(f"{self._uri}: this machine's clock is wrong ({text}); set it, then run again")
-        if names & NO_CREDENTIALS:
-            mend = _CREDENTIALS.get(self._kind, "check the credentials")
-            return ConfigError(f"{self._uri}: no access ({text}); {mend}")
-        if passes(error) and self._name not in _answered:
-            return ConfigError(f"{self._uri}: no answer ({text}){_ENDPOINTS.get(self._kind, '')}")
-        if passes(error):
-            return StepError(
-                f"{self._uri}: no answer for {_PATIENCE_S / 60:.0f} minutes ({text}); finished work is kept, run again"
-            )
-        return StepError(f"{self._uri}: {type(error).__name__}: {text}")
+    def _explain(self, error: Exception) -> Exception:
+        has_answered = self._name in _answered
+        return explained(error, self._uri, self._kind, has_answered=has_answered, patience_s=_PATIENCE_S)
 
 
 def _permitted(action: Callable[[], Any]) -> Json:

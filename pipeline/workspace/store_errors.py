@@ -9,6 +9,8 @@ import errno
 import time
 from typing import Any, cast
 
+from pipeline.errors import ConfigError, DataError, StepError
+
 Json = dict[str, Any]
 
 NO_CREDENTIALS = frozenset(
@@ -37,6 +39,12 @@ _NO_CONNECTION = frozenset(
 )
 REFUSED_FILE = frozenset({"403", "AccessDenied", "InvalidObjectState"})  # the last is archived
 """What S3 answers with 403 about one file; its other codes are about the credentials."""
+_CREDENTIALS = {
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give this machine an instance profile",
+    "gcs": "set GOOGLE_APPLICATION_CREDENTIALS, or run `gcloud auth application-default login`",
+    "azure": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or AZURE_STORAGE_CONNECTION_STRING",
+}
+_ENDPOINTS = {"s3": "; is AWS_ENDPOINT_URL right, and AWS_REGION?"}
 _MOST_SKEW_S = 900.0
 """S3 refuses what is signed with a time that is off by so much; it passes when the machine's clock is set right."""
 _PASSING_ERRNOS = frozenset({errno.EREMOTEIO, errno.EBUSY})  # s3fs's numbers for 500 and 503
@@ -89,3 +97,28 @@ def passes(error: Exception) -> bool:
     if isinstance(error, OSError) and error.errno in _PASSING_ERRNOS:
         return True
     return bool({cls.__name__ for cls in type(error).__mro__} & _NO_CONNECTION)
+
+
+def explained(error: Exception, uri: str, kind: str, *, has_answered: bool, patience_s: float) -> Exception:
+    """A driver's error as one sentence for people.
+
+    Args:
+        error: The driver's.
+        uri: The URI that was asked for.
+        kind: The store: ``s3``, ``gcs``, ``azure``, or empty for another.
+        has_answered: Whether the store has answered this process before: then a failure is no wrong setting.
+        patience_s: How long the request was repeated, in seconds.
+    """
+    names = {cls.__name__ for cls in type(error).__mro__}
+    text = " ".join(str(error).split()) or type(error).__name__
+    if type(error).__name__ == "FileExpired":
+        return DataError(f"{uri}: a file was replaced while it was read; run again")
+    if is_of_wrong_clock(error):
+        return StepError(f"{uri}: this machine's clock is wrong ({text}); set it, then run again")
+    if names & NO_CREDENTIALS:
+        return ConfigError(f"{uri}: no access ({text}); {_CREDENTIALS.get(kind, 'check the credentials')}")
+    if not passes(error):
+        return StepError(f"{uri}: {type(error).__name__}: {text}")
+    if not has_answered:
+        return ConfigError(f"{uri}: no answer ({text}){_ENDPOINTS.get(kind, '')}")
+    return StepError(f"{uri}: no answer for {patience_s / 60:.0f} minutes ({text}); finished work is kept, run again")
