@@ -7,7 +7,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.pictures import Picture, to_image
+from pipeline.pictures.png import Picture, to_image
 
 _PAPER = (255, 255, 255)
 _INK = (31, 35, 40)

@@ -26,7 +26,7 @@ from pipeline.data.batches import Batch
 from pipeline.networks.clip import CLIP as CLIP_KIND
 from pipeline.networks.clip import ClipObjective
 from pipeline.networks.contrast import Pairs, contrastive_loss
-from pipeline.pictures import Framing
+from pipeline.pictures.frame import Framing
 from pipeline.train.memory import LiveBytes
 from tests.tiny.command import ROOT
 from tests.tiny.networks import CLIP

@@ -17,7 +17,7 @@ from pipeline.clip.frozen import FrozenClip
 from pipeline.clip.library import open_clip
 from pipeline.clip.model import OpenClip, create_clip, describe_clip, wrap_clip
 from pipeline.errors import ConfigError
-from pipeline.pictures import Framing
+from pipeline.pictures.frame import Framing
 from tests.tiny.command import ROOT
 from tests.tiny.networks import CLIP
 

@@ -6,7 +6,9 @@ from PIL import Image, ImageFont
 
 from pipeline.errors import DataError
 from pipeline.grid import Block, draw_grid, fit, wrap
-from pipeline.pictures import decode, square, thumbnail, to_png
+from pipeline.pictures.frame import square, thumbnail
+from pipeline.pictures.png import to_png
+from pipeline.pictures.read import decode
 
 
 def _flat(colour: tuple[int, int, int], side_px: int = 8) -> np.ndarray:

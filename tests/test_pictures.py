@@ -15,7 +15,8 @@ from PIL import Image
 
 from models.pixels import resize_crop, to_pixels, to_uint8
 from pipeline.errors import ConfigError
-from pipeline.pictures import PictureError, decode, read, read_file, square
+from pipeline.pictures.frame import square
+from pipeline.pictures.read import PictureError, decode, read, read_file
 
 CASES = Path(__file__).parent / "cases"
 GREY = Image.linear_gradient("L").resize((32, 24))

@@ -22,7 +22,7 @@ from pipeline.clip.inputs import ClipInputs, inputs_of
 from pipeline.clip.library import add_timm, open_clip
 from pipeline.clip.model import OpenClip, build_clip, wrap_clip
 from pipeline.errors import first_line
-from pipeline.pictures import Framing
+from pipeline.pictures.frame import Framing
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"

@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeline.clip.library import open_clip
 from pipeline.clip.tokenizer import ClipTokenizer
 from pipeline.errors import ConfigError, first_line
-from pipeline.pictures import Framing
+from pipeline.pictures.frame import Framing
 
 _MAX_CAPTION_CHARS = 2048
 _MAX_COUNTED_WORDS, _MAX_COUNTED_CHARS = 1 << 18, 64

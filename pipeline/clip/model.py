@@ -20,7 +20,7 @@ from models.clip_config import ClipConfig, ClipDims
 from models.pixels import resize_crop, to_pixels
 from pipeline.clip.inputs import ClipInputs, inputs_of
 from pipeline.clip.library import Bottleneck, ResidualAttentionBlock, add_timm, open_clip
-from pipeline.pictures import to_image
+from pipeline.pictures.png import to_image
 
 _NO_IMAGES: dict[str, Any] = {"vision_cfg": {"layers": 1, "width": 64, "patch_size": 32, "image_size": 32}}
 """A tiny image tower, which is built and deleted for a CLIP without one."""

@@ -30,7 +30,7 @@ from pipeline.data.shards import ShardPictures
 from pipeline.data.token_states import PackedText, read_states
 from pipeline.data.training_rows import ShardReader, ShardTable
 from pipeline.errors import DataError
-from pipeline.pictures import square
+from pipeline.pictures.frame import square
 
 TextEncoder = Callable[[Sequence[str]], TextEncoding]
 IMAGE_CACHE_BYTES = 512 << 20

@@ -26,7 +26,8 @@ from pipeline.clip.files import load_inputs
 from pipeline.clip.inputs import ClipInputs
 from pipeline.data.shards import ShardPictures
 from pipeline.errors import DataError
-from pipeline.pictures import PictureError, Pixels, decode
+from pipeline.pictures.frame import Pixels
+from pipeline.pictures.read import PictureError, decode
 
 CHUNK_ROWS = 64
 """Rows that are decoded at a time."""

@@ -28,7 +28,7 @@ from pipeline.data.bodies import Body
 from pipeline.data.causes import FetchError
 from pipeline.data.resize import Boxes, Resizer, StoredPicture
 from pipeline.errors import StepError
-from pipeline.pictures import PictureError
+from pipeline.pictures.read import PictureError
 from pipeline.recipe.sections import DownloadConfig
 
 _LIMIT_S = 60.0

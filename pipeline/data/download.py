@@ -42,7 +42,7 @@ from pipeline.data.shard_writer import (
 )
 from pipeline.data.urls import AddressRules
 from pipeline.errors import UnclipError
-from pipeline.pictures import PictureError
+from pipeline.pictures.read import PictureError
 from pipeline.recipe.pairs_sections import PairsConfig
 from pipeline.recipe.sections import DownloadConfig
 from pipeline.workspace.disk import translate_os_errors

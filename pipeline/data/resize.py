@@ -14,7 +14,9 @@ import exifread
 import numpy as np
 
 from pipeline.data.causes import FetchError
-from pipeline.pictures import DecodedPicture, PictureError, Pixels, encode, fit, load_opencv, read, square_box
+from pipeline.pictures.frame import Pixels, square_box
+from pipeline.pictures.read import DecodedPicture, PictureError, read
+from pipeline.pictures.stored import encode, fit, load_opencv
 from pipeline.recipe.sections import DownloadConfig
 
 Boxes = Sequence[Sequence[float]]

@@ -22,7 +22,7 @@ from pipeline.data.shard_tables import TAKEN_IN, good_rows, read_table
 from pipeline.data.tar_files import FarTar, LocalTar
 from pipeline.data.tar_index import Members, find_in_tar, picture_span
 from pipeline.errors import DataError
-from pipeline.pictures import decode
+from pipeline.pictures.read import decode
 from pipeline.workspace.files import is_remote
 from pipeline.workspace.store import Artifact
 

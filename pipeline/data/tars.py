@@ -26,7 +26,7 @@ from pipeline.data.shard_tables import PLACE_FIELDS, TAKEN_IN, Place
 from pipeline.data.shards import sample_caption, sample_url
 from pipeline.data.tar_index import index_tar, picture_span
 from pipeline.errors import DataError
-from pipeline.pictures import FORMATS
+from pipeline.pictures.read import FORMATS
 from pipeline.workspace.files import UserFile, find_files, local_copy
 from pipeline.workspace.forgotten import CAUSE
 from pipeline.workspace.hashing import HashedFile

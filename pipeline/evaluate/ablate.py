@@ -43,7 +43,8 @@ from pipeline.evaluate.prompts import PromptSet, choose_prompts
 from pipeline.evaluate.work import Part, plan_parts
 from pipeline.grid import Block, draw_grid
 from pipeline.networks.cascade import load_cascade, network_configs
-from pipeline.pictures import decode, to_png
+from pipeline.pictures.png import to_png
+from pipeline.pictures.read import decode
 from pipeline.recipe.garbage import in_use_of
 from pipeline.recipe.plan import Step, artifact_of, finished_artifacts, make_plan, manifest_of, sampling_tables
 from pipeline.recipe.recipe import Recipe

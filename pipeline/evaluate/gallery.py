@@ -11,7 +11,9 @@ from pipeline.evaluate.checks import group_of, parse_flags
 from pipeline.evaluate.metrics import cosine
 from pipeline.evaluate.parts import NUM_RECONSTRUCTIONS_SHOWN, NUM_STAGES
 from pipeline.grid import Block, draw_grid
-from pipeline.pictures import decode, thumbnail, to_png
+from pipeline.pictures.frame import thumbnail
+from pipeline.pictures.png import to_png
+from pipeline.pictures.read import decode
 from pipeline.sampling.sample import sample_grid
 from pipeline.shapes.check import describe, faults
 from pipeline.shapes.perceive import perceive

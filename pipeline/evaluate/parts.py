@@ -33,7 +33,8 @@ from pipeline.evaluate.work import Part, Work
 from pipeline.networks.bound import bound_of
 from pipeline.networks.measuring import ValidationRows, num_pictures
 from pipeline.networks.quality import psnr_db, sharpness, ssim
-from pipeline.pictures import square, to_png
+from pipeline.pictures.frame import square
+from pipeline.pictures.png import to_png
 from pipeline.shapes.check import check
 from pipeline.shapes.draw import draw_array
 from pipeline.shapes.scene import Scene

@@ -7,7 +7,8 @@ from pipeline.data.selection import LABEL_COLUMNS, label_file
 from pipeline.data.shard_tables import read_table
 from pipeline.data.shards import StoredPictures
 from pipeline.errors import DataError
-from pipeline.pictures import thumbnail, to_png
+from pipeline.pictures.frame import thumbnail
+from pipeline.pictures.png import to_png
 from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.store import Artifact
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.pictures import read, resize
+from pipeline.pictures.frame import resize
+from pipeline.pictures.read import read
 
 NUM_BITS = 64
 THUMB_PX = 8

@@ -21,7 +21,7 @@ from pipeline.errors import ConfigError
 from pipeline.filter.hashes import THUMB_BYTES, PictureHash, hash_picture
 from pipeline.filter.labels import Labels
 from pipeline.filter.language import LanguageClassifier
-from pipeline.pictures import PictureError
+from pipeline.pictures.read import PictureError
 from pipeline.recipe.sections import FILTER_COLUMNS, FilterConfig
 
 _ROW_COLUMNS = ("uid", "key", "caption", "split", "status")

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from pipeline.errors import DataError
-from pipeline.pictures import decode, thumbnail
+from pipeline.pictures.frame import thumbnail
+from pipeline.pictures.read import decode
 from pipeline.recipe.pairs_sections import PairsList
 from pipeline.recipe.paths import without_password
 from pipeline.recipe.plan import Step, sampling_tables

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.clip.frozen import FrozenClip
 from pipeline.errors import ConfigError
-from pipeline.pictures import read_file
+from pipeline.pictures.read import read_file
 from pipeline.retrieve.embedded import Floats
 from pipeline.retrieve.retriever import Retriever
 

@@ -13,7 +13,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from pipeline.errors import DataError, StepError
-from pipeline.pictures import decode, read_file, thumbnail
+from pipeline.pictures.frame import thumbnail
+from pipeline.pictures.read import decode, read_file
 from pipeline.retrieve.index import Neighbour
 from pipeline.retrieve.queries import Query
 from pipeline.retrieve.retriever import Results

@@ -26,7 +26,9 @@ from pipeline.data.vectors import read_column, to_numpy, to_unit
 from pipeline.errors import ConfigError
 from pipeline.grid import Block, draw_grid
 from pipeline.networks.cascade import load_cascade, network_configs
-from pipeline.pictures import read_file, square, to_png, with_texts
+from pipeline.pictures.frame import square
+from pipeline.pictures.png import to_png, with_texts
+from pipeline.pictures.read import read_file
 from pipeline.recipe.garbage import in_use_of
 from pipeline.recipe.picture_card import ModelCard, model_card, texts_of
 from pipeline.recipe.plan import artifact_of, finished_artifacts, make_plan

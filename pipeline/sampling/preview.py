@@ -7,7 +7,7 @@ from types import TracebackType
 from models.pixels import to_uint8
 from models.stage import StageStep, Watch
 from pipeline.grid import Block, draw_grid
-from pipeline.pictures import to_png
+from pipeline.pictures.png import to_png
 
 PREVIEW = "preview.png"
 _MAX_PICTURES = 16

@@ -21,7 +21,7 @@ from models.stage import Watch
 from pipeline.errors import ConfigError
 from pipeline.grid import Block, draw_grid
 from pipeline.networks.cascade import load_cascade, network_configs
-from pipeline.pictures import to_png, with_texts
+from pipeline.pictures.png import to_png, with_texts
 from pipeline.recipe.garbage import in_use_of
 from pipeline.recipe.picture_card import ModelCard, made_with, model_card
 from pipeline.recipe.plan import finished_artifacts

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
 from pipeline.errors import ConfigError, DataError, StepError
-from pipeline.pictures import decode
+from pipeline.pictures.read import decode
 from pipeline.retrieve.copies import near_copy_similarity
 from pipeline.retrieve.index import Neighbour
 from pipeline.retrieve.retriever import Retriever

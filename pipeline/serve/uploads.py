@@ -18,7 +18,8 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 
 from models.request import RawMask, RawPicture
 from pipeline.errors import ConfigError
-from pipeline.pictures import PictureError, on_white, read, resize, square
+from pipeline.pictures.frame import resize, square
+from pipeline.pictures.read import PictureError, on_white, read
 from pipeline.sampling.masks import Mask, centre_square, masked_pixels, shrink_mask, transparent_pixels
 from pipeline.serve.held import HeldBytes
 from pipeline.serve.protocols import Images, PictureModel, Vectors

@@ -16,7 +16,7 @@ from pipeline.data.drawn import NUM_EVALUATION_SCENES
 from pipeline.evaluate.parts import NUM_RECONSTRUCTIONS
 from pipeline.networks.cascade import load_cascade, network_configs
 from pipeline.networks.cores import use_cores
-from pipeline.pictures import to_png
+from pipeline.pictures.png import to_png
 from pipeline.recipe.recipe import Recipe
 from pipeline.timing.clock import Clock
 from pipeline.timing.units import EvaluationUnits

@@ -19,7 +19,7 @@ from pipeline.grid import Block, draw_grid
 from pipeline.networks.files import CONFIG, config_content, create_network
 from pipeline.networks.measuring import NUM_EMBEDDINGS, ValidationRows, num_pictures
 from pipeline.networks.tensor_file import read_tensors
-from pipeline.pictures import to_png
+from pipeline.pictures.png import to_png
 from pipeline.train.assemble import TrainJob, in_memory_order, load_frozen, samples_of, text_encoder
 from pipeline.train.checkpoint import Checkpoint
 from pipeline.train.results import write_result

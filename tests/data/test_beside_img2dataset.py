@@ -15,13 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from pipeline import pictures
 from pipeline.data.resize import Resizer
 from pipeline.data.rows import make_uid
 from pipeline.data.shard_tables import Place
 from pipeline.data.shard_writer import ShardFiles
 from pipeline.data.urls import AddressRules
-from pipeline.pictures import decode, fit
+from pipeline.pictures import stored
+from pipeline.pictures.read import decode
+from pipeline.pictures.stored import fit
 from pipeline.recipe.sections import DownloadConfig
 from tests.data.conftest import PictureServer
 from tests.tiny.shards import download_shard
@@ -206,7 +207,7 @@ def test_a_smaller_picture_has_no_stripes_that_are_too_fine_for_it(side_px: int)
 def test_a_picture_that_pillow_holds_in_pieces_is_resized_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     image = decode(_noise((150, 130), 1), where="x")
     expected = [fit(image, (48, 40)), fit(image, (20, 20), (10, 0, 140, 130))]
-    monkeypatch.setattr(pictures, "_STRIP_AREA_PX", 1000)
+    monkeypatch.setattr(stored, "STRIP_AREA_PX", 1000)
     monkeypatch.setattr(Image.core, "get_block_size", lambda: 4096)
     pieces = [fit(image, (48, 40)), fit(image, (20, 20), (10, 0, 140, 130))]
     assert all(np.array_equal(*pair) for pair in zip(expected, pieces, strict=True))

@@ -16,7 +16,7 @@ from pipeline.data.download import Downloader
 from pipeline.data.rows import make_uid
 from pipeline.data.shard_writer import ShardFiles
 from pipeline.data.urls import AddressRules
-from pipeline.pictures import PictureError, read
+from pipeline.pictures.read import PictureError, read
 from pipeline.recipe.sections import DownloadConfig
 from tests.data.conftest import make_picture
 

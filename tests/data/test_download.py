@@ -33,7 +33,8 @@ from pipeline.data.shard_rows import check_columns, read_rows, shard_names
 from pipeline.data.shard_writer import ShardFiles, failure_causes, key_of, repeated_pictures
 from pipeline.data.urls import AddressRules
 from pipeline.errors import ConfigError, DataError, StepError
-from pipeline.pictures import PictureError, decode, square
+from pipeline.pictures.frame import square
+from pipeline.pictures.read import PictureError, decode
 from pipeline.recipe.sections import SHARD_COLUMNS, DownloadConfig, DownloadResources
 from tests.data.conftest import CASES, PictureServer, make_picture
 from tests.data.hostile import HostileServer, dead_addresses, urls_that_never_end

@@ -22,7 +22,8 @@ from pipeline.data.shards import StoredPictures
 from pipeline.data.training_rows import ShardReader
 from pipeline.data.urls import AddressRules
 from pipeline.data.vectors import Vectors, read_vectors, to_unit, write_embeddings
-from pipeline.pictures import read_file, square
+from pipeline.pictures.frame import square
+from pipeline.pictures.read import read_file
 from pipeline.recipe.sections import DownloadConfig, EmbedConfig
 from pipeline.serve.uploads import decode_base64
 from pipeline.workspace.manifest import ShardRecord

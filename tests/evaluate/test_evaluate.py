@@ -34,7 +34,7 @@ from pipeline.evaluate.sets import cmmd, precision_recall
 from pipeline.evaluate.work import Part, Work, plan_parts, samples_of
 from pipeline.networks.cascade import load_cascade
 from pipeline.networks.quality import psnr_db, sharpness
-from pipeline.pictures import square
+from pipeline.pictures.frame import square
 from pipeline.recipe.plan import inputs_of
 from pipeline.recipe.recipe import Recipe
 from pipeline.report.report import format_metrics

@@ -19,7 +19,7 @@ from jobs.cli import app
 from models.editor import EditSettings
 from pipeline.errors import ConfigError, DataError, StepError
 from pipeline.evaluate.ablate import ablate_recipe
-from pipeline.pictures import to_png, with_texts
+from pipeline.pictures.png import to_png, with_texts
 from pipeline.recipe.garbage import Garbage, find_garbage, in_use_of, remove_garbage
 from pipeline.recipe.last_run import PLAN, RESOLVED, read_last_run, write_last_run
 from pipeline.recipe.lineage import mermaid, trace, write_origin

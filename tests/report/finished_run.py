@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from pipeline.evaluate.metrics import Rate, difference_of
-from pipeline.pictures import to_png
+from pipeline.pictures.png import to_png
 from pipeline.recipe.plan import Step, artifact_of, make_plan, manifest_of
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.recipe.steps import STEP_ROWS

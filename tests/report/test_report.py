@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline.errors import DataError
 from pipeline.evaluate.ablate import ablation_step
-from pipeline.pictures import to_png
+from pipeline.pictures.png import to_png
 from pipeline.recipe.pairs_sections import PairsConfig, PairsList
 from pipeline.recipe.plan import artifact_of, make_plan, manifest_of
 from pipeline.recipe.recipe import Recipe

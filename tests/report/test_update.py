@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from pipeline.evaluate.ablate import ablation_step
-from pipeline.pictures import to_png
+from pipeline.pictures.png import to_png
 from pipeline.recipe.plan import artifact_of, make_plan, manifest_of
 from pipeline.recipe.recipe import Recipe, load_recipe
 from pipeline.report.report import REPORT, update_report

@@ -9,7 +9,7 @@ import torch
 from pipeline.clip.frozen import FrozenClip
 from pipeline.data.vectors import read_vectors, to_unit
 from pipeline.networks.clip import load_clip_artifact
-from pipeline.pictures import decode
+from pipeline.pictures.read import decode
 from pipeline.recipe.lineage import trace
 from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.recipe import Recipe

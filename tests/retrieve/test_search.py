@@ -21,7 +21,7 @@ from PIL import Image
 
 from pipeline.clip.frozen import FrozenClip
 from pipeline.errors import ConfigError, DataError, StepError
-from pipeline.pictures import read_file
+from pipeline.pictures.read import read_file
 from pipeline.recipe.recipe import Recipe
 from pipeline.retrieve.batch import encode_rows
 from pipeline.retrieve.index import Neighbour

@@ -14,7 +14,7 @@ from models.editor import Editor, EditSettings
 from models.pca import PcaSums
 from pipeline.data.vectors import read_vectors, to_unit
 from pipeline.errors import ConfigError
-from pipeline.pictures import read_file
+from pipeline.pictures.read import read_file
 from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.sampling import edit_options

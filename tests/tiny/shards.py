@@ -20,7 +20,7 @@ from pipeline.data.rows import embeddings_schema, make_uid
 from pipeline.data.shard_writer import ShardFiles
 from pipeline.data.urls import AddressRules
 from pipeline.data.vectors import to_arrow, write_embeddings
-from pipeline.pictures import to_png
+from pipeline.pictures.png import to_png
 from pipeline.recipe.sections import DownloadConfig
 from pipeline.shapes.captions import training_caption
 from pipeline.shapes.draw import draw

@@ -1,35 +1,21 @@
-"""The only decoder, square crop and resize of pictures, and PNG files.
+"""The only decoder of pictures.
 
-Download, training, embed, evaluate, search, serve and edits use them, so one file gives the same array everywhere.
-A decoded picture is RGB with 8 bits per channel and upright: its EXIF orientation is applied, 16-bit levels are scaled,
+Download, training, embed, evaluate, search, serve and edits use it, so one file gives the same array everywhere. A
+decoded picture is RGB with 8 bits per channel and upright: its EXIF orientation is applied, 16-bit levels are scaled,
 palettes and CMYK are converted (colour profiles are not applied), transparent parts become white, and only the first
-frame of an animation is read. The resize is Pillow's antialiased bicubic on 8-bit levels, as in CLIP's preprocessing;
-its integer arithmetic gives the same bytes on every machine. What a download stores is made by OpenCV, as img2dataset's
-pictures are: ``fit`` and ``encode``. Picture arrays are uint8 (H, W, 3).
+frame of an animation is read.
 """
 
-import contextlib
-import functools
 import io
-import struct
 import warnings
-import zlib
-from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, TiffImagePlugin
 
 from pipeline.errors import ConfigError, DataError
-
-Pixels = NDArray[np.uint8]
-Picture = Image.Image | Pixels
-Box = tuple[int, int, int, int]
-"""A part of a picture: left, top, right, bottom, in pixels."""
+from pipeline.pictures.frame import STRIP_AREA_PX
 
 MAX_AREA_PX = 178_956_970
 """Largest picture that is decoded, in pixels (Pillow's own limit): a larger one may be a decompression bomb."""
@@ -45,9 +31,7 @@ _DECODER_BYTES = {"AVIF": 14, "JPEG2000": 16, "WEBP": 12}
 _PROGRESSIVE_BYTES = 8
 """Bytes for each pixel of the file while a progressive JPEG is decoded: its coefficients, whatever the draft's size."""
 _TURN_BYTES = 4
-_PNG_HEAD_BYTES = 33  # signature and IHDR
 _TILE_TAGS = (322, 323)
-_STRIP_AREA_PX = 1 << 18
 _DRAFT_SIDES = 2  # docs/decisions.md: PSNR is 40 dB at one side, 48 dB at two, and half the time is saved
 _TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -59,13 +43,9 @@ _TRANSPOSES = {
     8: Image.Transpose.ROTATE_90,
 }
 """The operation that turns a picture of each EXIF orientation upright."""
-_LONGEST_STRIP = 100
-"""Times that a picture may be longer than wide before only its middle is resized: a strip of 1 x 20,000 px would take
-3 GB at the side of a network."""
 _FIRST_SWAPPED = 5
 """From this orientation on, width and height are swapped."""
 
-Image.MAX_IMAGE_PIXELS = None  # ``read`` has its own limit, which its caller sets and which gives an error, no warning
 warnings.filterwarnings("ignore", module=r"PIL\.")  # about damaged metadata; the picture itself is read or refused
 
 
@@ -156,167 +136,6 @@ def decode(data: bytes, *, where: str) -> Image.Image:
     return read(data, where=where).image
 
 
-def square(image: Image.Image, side_px: int) -> Pixels:
-    """Crop the centre square of an RGB picture and resize it to (side_px, side_px, 3)."""
-    return np.array(resize(crop_square(image), (side_px, side_px)))
-
-
-def crop_square(image: Image.Image) -> Image.Image:
-    """The centre square of a picture."""
-    return image.crop(square_box(image))
-
-
-def square_box(image: Image.Image) -> Box:
-    """The centre square of a picture."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return left, top, left + side, top + side
-
-
-@dataclass(frozen=True)
-class Framing:
-    """How a network's own preprocessing makes a square of a picture: open_clip's ``PreprocessCfg``, to the same bytes.
-
-    Its fields are open_clip's, so that a network of another tool sees here what it saw there.
-    """
-
-    side_px: int
-    """Side of the square, in pixels."""
-    resize_mode: Literal["shortest", "longest", "squash"] = "shortest"
-    """shortest: resize the shorter side and crop the centre; longest: resize the longer side and pad; squash: resize
-    both sides, whatever the shape."""
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    """Kernel of the resize, antialiased."""
-    fill_level: int = 0
-    """Level of the padding, 0 to 255."""
-
-    def __call__(self, image: Image.Image) -> Pixels:
-        """Frame an RGB picture; returns (side_px, side_px, 3)."""
-        kernel = Image.Resampling.BILINEAR if self.interpolation == "bilinear" else Image.Resampling.BICUBIC
-        if self.resize_mode == "shortest" and max(image.size) > _LONGEST_STRIP * min(image.size):
-            image = _middle(image, _LONGEST_STRIP)
-        size = self._resized(*image.size)
-        if image.size != size:
-            image = image.resize(size, kernel)
-        if size == (self.side_px, self.side_px):
-            return np.array(image)
-        left, top = (_crop_start(length, self.side_px) for length in size)
-        padded = Image.new("RGB", (self.side_px, self.side_px), (self.fill_level,) * 3)
-        padded.paste(image, (-left, -top))
-        return np.array(padded)
-
-    def _resized(self, width: int, height: int) -> tuple[int, int]:
-        side = self.side_px
-        if self.resize_mode == "squash":
-            return side, side
-        if self.resize_mode == "longest":
-            ratio = max(width / side, height / side)
-            return max(1, round(width / ratio)), max(1, round(height / ratio))
-        return (side, int(side * height / width)) if width <= height else (int(side * width / height), side)
-
-
-def _middle(image: Image.Image, ratio: int) -> Image.Image:
-    """The middle of a strip, so that its longer side is ``ratio`` times the shorter."""
-    width, height = (min(length, ratio * min(image.size)) for length in image.size)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
-
-
-def _crop_start(length: int, side_px: int) -> int:
-    """First pixel of the crop, negative for padding; open_clip rounds the two in different ways."""
-    return round((length - side_px) / 2) if length >= side_px else -((side_px - length) // 2)
-
-
-def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resize a picture to (width, height) in pixels with antialiased bicubic interpolation."""
-    return image.resize(size, Image.Resampling.BICUBIC)
-
-
-@functools.cache
-def load_opencv() -> Any:
-    """OpenCV, with one thread; only processes that store pictures load its libraries."""
-    import cv2
-
-    cv2.setNumThreads(1)
-    return cv2
-
-
-def fit(image: Image.Image, size: tuple[int, int], box: Box | None = None) -> Pixels:
-    """Resize as img2dataset does by default: smaller by the mean of areas, larger by Lanczos' kernel.
-
-    OpenCV averages blocks of 2 x 2 in vector instructions, and other areas slowly. So a picture that becomes less than
-    twice smaller is first interpolated linearly to twice its target, and then averaged by such blocks: in half of the
-    time, and as good as the area filter (docs/lab.md). All other sizes are img2dataset's to the byte.
-
-    Args:
-        image: An RGB picture.
-        size: Width and height of the result, in pixels.
-        box: The part of the picture that is resized; None: all of it.
-
-    Raises:
-        MemoryError: If there is not enough.
-    """
-    cv2, pixels = load_opencv(), _levels(image, box)
-    height, width = pixels.shape[:2]
-    with _memory_errors():
-        if size[0] >= width and size[1] >= height:
-            pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_LANCZOS4) if size != (width, height) else pixels
-        else:
-            twice = 2 * size[0], 2 * size[1]
-            if twice[0] > width and twice[1] > height:
-                pixels = cv2.resize(pixels, twice, interpolation=cv2.INTER_LINEAR)
-            pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
-        return cv2.cvtColor(pixels, cv2.COLOR_RGBA2RGB) if pixels.shape[2] == 4 else pixels
-
-
-def encode(pixels: Pixels, extension: Literal["jpg", "png", "webp"], quality: int) -> bytes:
-    """Encode a picture as img2dataset does; the same picture gives the same bytes.
-
-    Args:
-        pixels: (H, W, 3).
-        extension: Format.
-        quality: 0 to 100; of PNG: compression, 0 to 9.
-
-    Raises:
-        MemoryError: If there is not enough.
-    """
-    cv2 = load_opencv()
-    settings = {"jpg": cv2.IMWRITE_JPEG_QUALITY, "png": cv2.IMWRITE_PNG_COMPRESSION, "webp": cv2.IMWRITE_WEBP_QUALITY}
-    with _memory_errors():
-        _, data = cv2.imencode(f".{extension}", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [settings[extension], quality])
-    return data.tobytes()
-
-
-def _levels(image: Image.Image, box: Box | None) -> Pixels:
-    """The levels of a part of an RGB picture, for reading.
-
-    A picture that Pillow holds in one block is not copied: (H, W, 4). A larger one is, strip by strip, because Pillow's
-    own export takes the memory twice: (H, W, 3).
-    """
-    left, top, right, bottom = box or (0, 0, *image.size)
-    if 4 * image.width * image.height <= Image.core.get_block_size():
-        levels = np.asarray(pa.array(image).values)
-        return levels.reshape(image.height, image.width, 4)[top:bottom, left:right]
-    pixels = np.empty((bottom - top, right - left, 3), np.uint8)
-    rows = max(1, _STRIP_AREA_PX // (right - left))
-    for start in range(top, bottom, rows):
-        stop = min(start + rows, bottom)
-        pixels[start - top : stop - top] = np.asarray(image.crop((left, start, right, stop)))
-    return pixels
-
-
-@contextlib.contextmanager
-def _memory_errors() -> Generator[None]:
-    """Raise OpenCV's error for too little memory as Python's."""
-    cv2 = load_opencv()
-    try:
-        yield
-    except cv2.error as error:
-        if error.code == cv2.Error.StsNoMem:
-            raise MemoryError(str(error)) from None
-        raise
-
-
 def read_file(path: str, *, alpha: bool = False) -> Image.Image:
     """Decode all pixels of a user's picture file to upright RGB, or RGBA if ``alpha`` is set and it has transparency.
 
@@ -331,34 +150,6 @@ def read_file(path: str, *, alpha: bool = False) -> Image.Image:
         raise ConfigError(str(error)) from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
-
-
-def to_image(picture: Picture) -> Image.Image:
-    """Convert a picture to an RGB PIL image."""
-    return picture.convert("RGB") if isinstance(picture, Image.Image) else Image.fromarray(picture)
-
-
-def to_png(picture: Picture) -> bytes:
-    """Encode a picture as PNG; the same picture gives the same bytes."""
-    buffer = io.BytesIO()
-    to_image(picture).save(buffer, "PNG", compress_level=6)
-    return buffer.getvalue()
-
-
-def with_texts(png: bytes, texts: Mapping[str, str]) -> bytes:
-    """A PNG file with more text chunks (iTXt: PNG, 3rd edition, 11.3.3.4), in front of its pixels."""
-    bodies = [b"iTXt" + name.encode("latin-1") + b"\0\0\0\0\0" + text.encode() for name, text in texts.items()]
-    chunks = [struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body)) for body in bodies]
-    return png[:_PNG_HEAD_BYTES] + b"".join(chunks) + png[_PNG_HEAD_BYTES:]
-
-
-def thumbnail(image: Image.Image, largest_px: int = 256) -> Image.Image:
-    """The picture itself, or a copy that is resized so that its longer side is ``largest_px``."""
-    if max(image.size) <= largest_px:
-        return image
-    small = image.copy()
-    small.thumbnail((largest_px, largest_px), Image.Resampling.LANCZOS)
-    return small
 
 
 def _require_area(picture: Image.Image, where: str, max_area_px: float) -> None:
@@ -430,7 +221,7 @@ def _to_8_bits(picture: Image.Image, where: str, *, alpha: bool) -> Image.Image:
 def on_white(picture: Image.Image) -> Image.Image:
     """A transparent picture on white, strip by strip: whole, it would take twice the memory."""
     image = Image.new("RGB", picture.size)
-    rows = max(1, _STRIP_AREA_PX // picture.width)
+    rows = max(1, STRIP_AREA_PX // picture.width)
     for top in range(0, picture.height, rows):
         box = (0, top, picture.width, min(picture.height, top + rows))
         rgba = picture.crop(box).convert("RGBA")
