@@ -19,8 +19,8 @@ from pipeline.data.hosts import NO_LEASE, HostLimits
 from pipeline.data.resolver import HostCache
 from pipeline.data.urls import AddressRules
 from pipeline.recipe.sections import DownloadConfig, DownloadResources
+from tests.data.downloading import files_in, rows_of
 from tests.data.hostile import HostileServer
-from tests.data.test_download import _files, _rows_of
 
 _CONFIG = DownloadConfig(
     image_px=32,
@@ -245,7 +245,7 @@ def test_a_crowded_host_keeps_its_limit_and_is_not_left_behind(
     urls += [f"http://host-{number}.test:{hostile.port}/wait" for number in range(1, 81)]
     config = replace(_CONFIG, resources=DownloadResources(max_per_host=2, num_connections=4))
     with Downloader(config, _NEAR, HostLimits(2, lease_s=1)) as downloader:  # the queue is longer than a lease
-        assert downloader.download(_rows_of(urls), "00000", _files(tmp_path))["ok"] == 88
+        assert downloader.download(rows_of(urls), "00000", files_in(tmp_path))["ok"] == 88
     assert hostile.most["host-0.test"] == 2
     others = sorted(hostile.times[f"host-{number}.test"][0] for number in range(1, 81))
     assert hostile.times["host-0.test"][-1] < others[60]
@@ -259,7 +259,7 @@ def test_policies_are_asked_for_some_at_a_time(hostile: HostileServer, names: Na
     config = replace(_CONFIG, robots_txt=True, tdm_reservation=True, deadline_s=3, resources=resources)
     with Downloader(config, _NEAR) as downloader:
         urls = [f"http://{host}:{hostile.port}/ok" for host in hosts]
-        assert downloader.download(_rows_of(urls), "00000", _files(tmp_path))["ok"] == 40
+        assert downloader.download(rows_of(urls), "00000", files_in(tmp_path))["ok"] == 40
     assert hostile.most_in_all <= 2 + 2 * 2  # pictures, and two files for each of as many hosts
 
 
