@@ -3,13 +3,17 @@
 import json
 import re
 import time
+from dataclasses import replace
 from urllib.parse import quote
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.data.causes import FetchError
 from pipeline.data.opt_outs import MAX_BYTES, opting_directive, parse_robots, parse_tdm
+from tests.data.fetching import CONFIG, SPARE_S, cause_of, fetch_all
+from tests.data.hostile import HostileServer
 
 _DIRECTIVES = ("noai", "noindex")
 _LETTERS = "ab/~.\u00e9\u732b*$?%"
@@ -141,3 +145,54 @@ def test_a_directive_is_found_between_any_others(before: list[str], after: list[
     others = ", ".join(["otherbot: noai", *after])
     assert not opting_directive([", ".join(before), others], token, _DIRECTIVES)
     assert opting_directive([f"{others}, UnClip/1: noindex"], token, _DIRECTIVES) == "noindex"
+
+
+def test_robots_txt_is_asked_for_once_and_decides_by_path(hostile: HostileServer) -> None:
+    hostile.robots["127.0.0.1"] = "User-agent: *\nDisallow: /ok\nAllow: /ok?seed=7$\n"
+    hostile.robots["127.0.0.2"] = "User-agent: *\nAllow: /\n\nUser-agent: UnClip\nDisallow: /*seed=3\n"
+    hostile.robots["127.0.0.3"] = "status 503 Busy"
+    paths = [f"/ok?seed={seed}" for seed in (3, 7)]
+    urls = [f"http://127.0.0.{host}:{hostile.port}{path}" for host in (1, 2, 3) for path in paths]
+    expected = ["robots-txt", "picture", "robots-txt", "picture", "robots-txt", "robots-txt"]
+    results = fetch_all(urls)
+    assert ["picture" if isinstance(one, bytes) else one.cause for one in results] == expected
+    assert [hostile.requests[f"127.0.0.{host}/robots.txt"] for host in (1, 2, 3)] == [1, 1, 1]
+    assert all(isinstance(one, bytes) for one in fetch_all(urls, replace(CONFIG, robots_txt=False)))
+
+
+def test_a_robots_txt_counts_as_far_as_it_is_read_and_one_that_cannot_be_read_allows_nothing(
+    hostile: HostileServer,
+) -> None:
+    hostile.robots["127.0.0.1"] = "User-agent: *\nDisallow: /ok?seed=3\n" + "# long\n" * 100_000
+    hostile.robots["127.0.0.2"], hostile.robots["127.0.0.3"] = "cut", "garbage"
+    paths = [(1, "/ok?seed=3"), (1, "/ok?seed=7"), (2, "/ok"), (3, "/ok")]
+    results = fetch_all([f"http://127.0.0.{host}:{hostile.port}{path}" for host, path in paths])
+    details = [one.detail if isinstance(one, FetchError) else "picture" for one in results]
+    assert details == ["", "picture", "it cannot be read: body-cut", "it cannot be read: protocol"]
+    assert {one.cause for one in results if isinstance(one, FetchError)} == {"robots-txt"}
+
+
+def test_a_redirect_does_not_lead_around_robots_txt(hostile: HostileServer) -> None:
+    hostile.robots["127.0.0.2"] = "User-agent: *\nDisallow: /\n"
+    (result,) = fetch_all([f"{hostile.url}/to?url=http://127.0.0.2:{hostile.port}/ok"])
+    assert cause_of(result) == "robots-txt"
+
+
+def test_a_host_that_does_not_answer_for_robots_txt_costs_its_rows_one_wait(hostile: HostileServer) -> None:
+    hostile.robots["127.0.0.2"] = "stall"
+    start = time.monotonic()
+    results = fetch_all([f"http://127.0.0.2:{hostile.port}/ok?seed={seed}" for seed in range(50)])
+    assert {cause_of(result) for result in results} == {"timeout"}
+    assert time.monotonic() - start < CONFIG.deadline_s + SPARE_S
+    assert hostile.requests["127.0.0.2/robots.txt"] == 1
+
+
+def test_reservations_of_text_and_data_mining_are_honoured(hostile: HostileServer) -> None:
+    hostile.tdm["127.0.0.1"] = (
+        '[{"location": "/ok*", "tdm-reservation": 1}, {"location": "/ok?seed=7", "tdm-reservation": 0}]'
+    )
+    hostile.tdm["127.0.0.2"], hostile.tdm["127.0.0.3"] = "not JSON", "[" * 100_000
+    urls = [f"http://127.0.0.{host}:{hostile.port}/ok?seed={seed}" for host, seed in ((1, 3), (1, 7), (2, 3), (3, 3))]
+    causes = ["picture" if isinstance(one, bytes) else one.cause for one in fetch_all(urls)]
+    assert causes == ["tdm", "picture", "picture", "picture"]
+    assert all(isinstance(one, bytes) for one in fetch_all(urls, replace(CONFIG, tdm_reservation=False)))
