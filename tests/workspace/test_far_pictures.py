@@ -36,7 +36,8 @@ from pipeline.evaluate.work import Work
 from pipeline.filter.examples import write_examples
 from pipeline.filter.labels import write_labels
 from pipeline.forget.rewrite import rewrite
-from pipeline.pictures import decode, square
+from pipeline.pictures.frame import square
+from pipeline.pictures.read import decode
 from pipeline.recipe.pairs_sections import PairsConfig
 from pipeline.recipe.sections import IndexConfig
 from pipeline.retrieve.build import build_index
