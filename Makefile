@@ -46,11 +46,12 @@ dev: $(DEV)
 
 # The two builds of FAISS fill the same folder: one over the other, or one taken from under the other, breaks both.
 $(READY): pyproject.toml constraints.txt
+	@echo "$(EXTRA)" | grep -qwE 'cpu|gpu' || { echo "EXTRA needs cpu or gpu, as in EXTRA=cpu,$(EXTRA)"; exit 2; }
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "unclip needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q uv
+	test -e $@ || $(BIN)/uv pip uninstall -q --python $(BIN)/python faiss-cpu faiss-gpu
 	rm -f .venv/.ready-* .venv/.dev-*
-	$(BIN)/uv pip uninstall -q --python $(BIN)/python faiss-cpu faiss-gpu
 	$(INSTALL) -e '.[$(EXTRA)]'
 	touch $@
 

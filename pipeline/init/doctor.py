@@ -140,10 +140,12 @@ def check_torch(*, needs_cuda: bool) -> Finding:
 
 def check_faiss(builds: set[str], *, has_driver: bool) -> Finding:
     """Exactly one build of FAISS is installed, and the one that fits."""
-    install = f"pip install -c constraints.txt -e '.[{'gpu' if has_driver else 'cpu'}]'"
-    anew = f"pip uninstall -y faiss-cpu faiss-gpu; {install}, in the environment of {sys.prefix}"
+    build = "gpu" if has_driver else "cpu"
+    install = f"pip install -c constraints.txt -e '.[{build}]'"
+    by_make = f"rm .venv/.ready-*; make setup EXTRA={build} (in an environment that make did not make: "
+    anew = f"{by_make}pip uninstall -y faiss-cpu faiss-gpu; {install}, in that of {sys.prefix})"
     if not builds:
-        return Finding("faiss", "problem", "not installed", f"{install}, in the environment of {sys.prefix}")
+        return Finding("faiss", "problem", "not installed", f"{by_make}{install}, in that of {sys.prefix})")
     if len(builds) > 1:
         return Finding("faiss", "problem", "both builds are installed over each other", anew)
     [build] = builds

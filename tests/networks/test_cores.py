@@ -52,7 +52,7 @@ def _page_faults(mode: str, **variables: str) -> int:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
 def test_the_memory_that_a_step_frees_is_there_for_the_next_step() -> None:
-    assert _page_faults("keeps") < 60 < 60 * 60 < _page_faults("as it is")
+    assert 100 * _page_faults("keeps") < _page_faults("as it is")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import os
 import tempfile
 import threading
 import urllib.parse
@@ -91,7 +92,8 @@ class Place:
         """
         if not self.has_far_database:
             return
-        use = (self._workspace.local_root / f"{_DATABASE}.lock").open("a")
+        # NFS gives a shared lock only to who may read.
+        use = (self._workspace.local_root / f"{_DATABASE}.lock").open("a+")
         try:
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(use, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -131,6 +133,8 @@ class Place:
         names = [f"{self._folder}/{name}" for name in _FILES]
         for name in [*names, *([_DATABASE] if self.owns_database else [])]:
             self._workspace.publish(name)
+        if self._use is not None:
+            os.utime(self._use.fileno())  # what empties temporary folders goes by age
 
     def tracker(self) -> Tracker:
         """Open the server."""
