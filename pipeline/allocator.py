@@ -9,9 +9,7 @@ import os
 # Parameters of glibc's mallopt (malloc.h); the last takes at most this.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _LARGEST_BLOCK_BYTES = 32 << 20
-_HEAP_BYTES = 64 << 20
-"""Of these heaps the memory of a thread that is not the main one is made. A free one is given back whatever the
-threshold says, unless this much is to stay at the end."""
+_HEAP_BYTES = 64 << 20  # of which the memory of a thread that is not the main one is made
 
 
 def keep_freed_memory(num_bytes: int) -> None:
@@ -28,8 +26,19 @@ def keep_freed_memory(num_bytes: int) -> None:
     with contextlib.suppress(AttributeError, OSError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, _LARGEST_BLOCK_BYTES)
-        mallopt(_M_TOP_PAD, _HEAP_BYTES)
         mallopt(_M_TRIM_THRESHOLD, num_bytes)
+
+
+def keep_freed_heaps() -> None:
+    """Let threads that are not the main one keep all that they free: that of a training holds its largest step anyway.
+
+    glibc gives a heap of theirs that is free back to the system whatever the limit of ``keep_freed_memory`` is, unless
+    as much as a heap is to stay.
+    """
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    with contextlib.suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(_M_TOP_PAD, _HEAP_BYTES)
 
 
 def return_freed_memory() -> None:

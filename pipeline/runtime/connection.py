@@ -67,8 +67,7 @@ def connect(address: str = "") -> Generator[None]:
             ray.init(address=address, runtime_env={"env_vars": variables} if variables else None, **quiet)
         else:
             _start_here(**quiet)
-            # It sends what workers print to drivers that ask for it, as ours do not, and took 2 % of a core.
-            cast(Any, global_worker.node).kill_log_monitor(check_alive=False)
+            _end_log_monitor()
     except Exception as error:  # noqa: BLE001  (Ray itself raises a bare Exception when a busy machine starts it slowly)
         reason = first_line(error)
         if address:
@@ -95,6 +94,12 @@ def _start_here(**options: Any) -> None:
                 raise
         else:
             return
+
+
+def _end_log_monitor() -> None:
+    """It sends what workers print to drivers that ask for it, as ours do not, and took 2 % of a core."""
+    with contextlib.suppress(Exception):  # a private method of Ray, which nothing depends on
+        cast(Any, global_worker.node).kill_log_monitor(check_alive=False)
 
 
 def _disk() -> dict[str, float]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import ray.exceptions
 
 from pipeline import errors
-from pipeline.allocator import is_out_of_memory
+from pipeline.allocator import is_out_of_memory, keep_freed_heaps
 from pipeline.errors import ConfigError, StepError, UnclipError
 from pipeline.recipe.plan import earlier_trainings
 from pipeline.recipe.train_sections import TrainResources
@@ -241,6 +241,7 @@ def _run_worker(context: StepContext, rank: int = 0, world_size: int = 1) -> End
     section = context.recipe.trained()[name]
     resources = section.resources
     num_threads = use_cores(resources.cpus_per_worker)
+    keep_freed_heaps()  # of several workers each trains in a thread of Ray Train's
     job = TrainJob(
         name=name,
         recipe=context.recipe,

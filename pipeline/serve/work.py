@@ -95,8 +95,10 @@ class _Pickler(pickle.Pickler):
     """Pickles tensors of the CPU as arrays."""
 
     def reducer_override(self, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or value.dtype is torch.bfloat16:  # numpy has no such numbers
+        if not isinstance(value, torch.Tensor):
             return NotImplemented
+        if value.dtype is torch.bfloat16:  # numpy has no such numbers
+            return torch.Tensor.bfloat16, (value.float(),)
         if _is_one_row(value):
             return _one_row, (value[:1].numpy(), len(value))
         return torch.from_numpy, (value.numpy(),)

@@ -14,6 +14,7 @@ _STEPS = """
 import resource, sys, threading
 import torch
 from torch import nn
+from pipeline.allocator import keep_freed_heaps
 from pipeline.networks.cores import use_cores
 
 def block(width_in, width):
@@ -38,6 +39,7 @@ def run():
 torch.set_num_threads(1)
 if sys.argv[1] == "keeps":
     use_cores(1)
+    keep_freed_heaps()
 thread = threading.Thread(target=run)
 thread.start()
 thread.join()

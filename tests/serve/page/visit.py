@@ -64,7 +64,7 @@ def paste(place: Locator, data: bytes, *, text: str = "") -> None:
         """(element, [bytes, text]) => {
           const clipboardData = new DataTransfer();
           clipboardData.items.add(new File([new Uint8Array(bytes)], "image.png", { type: "image/png" }));
-          if (text) clipboardData.setData("text/plain", text);
+          for (const type of text ? ["text/plain", "text/html"] : []) clipboardData.setData(type, text);
           element.dispatchEvent(new ClipboardEvent("paste", { clipboardData, bubbles: true, cancelable: true }));
         }""",
         [list(data), text],
