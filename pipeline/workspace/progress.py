@@ -69,8 +69,8 @@ class ProgressState:
 class Progress:
     """Writes the reading of one step, at most once per ``every_s`` seconds, and in at most 1 % of the time.
 
-    All workers of a training wait while it is written. Where a write takes longer than .6 s, one a minute is written:
-    `unclip status` takes a step without readings for dead.
+    All workers of a training wait while it is written. Where a write takes longer than .6 s, one a minute is written
+    all the same: `unclip status` takes a step without readings for dead. A new notice is written at once.
 
     Args:
         artifact: The step's artifact.
@@ -92,6 +92,7 @@ class Progress:
         self._artifact, self._num_workers = artifact, num_workers
         self.notice = notice
         """Part of each reading from now on."""
+        self._last_notice = notice
         self._every_s = every_s
         self._start = None if waits else time.monotonic()
         self._due = float("-inf")
@@ -133,7 +134,7 @@ class Progress:
         now = time.monotonic()
         if self._first is None and self._start is not None:
             self._first = (now, done)
-        if now < self._due and not force and done < total:
+        if now < self._due and not force and done < total and self.notice == self._last_notice:
             return
         first_s, first_done = self._first or (now, done)
         rate = (done - first_done) / max(now - first_s, 1e-9)
@@ -152,6 +153,7 @@ class Progress:
             node_s=self.node_s,
             num_workers=self.num_workers,
         )
+        self._last_notice = self.notice
         start, before_s = time.monotonic(), self._write_s
         self._artifact.write_json(PROGRESS, asdict(state))
         end = time.monotonic()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from pipeline.errors import StepError
 from pipeline.workspace.cache import Cached, Version, cached_path, has_copy, keep, lookup, temporary_file
 from pipeline.workspace.disk import translate_os_errors
 from pipeline.workspace.hashing import checksum_of_writing, sha256_of
@@ -16,6 +17,10 @@ Json = dict[str, Any]
 
 _BLOCK_BYTES = 8 << 20
 _SMALL_BYTES = 1 << 20  # fetched whole in the time of one request
+
+
+class _GoneError(Exception):
+    """The store has no such file any more."""
 
 
 class StoredFiles:
@@ -47,7 +52,9 @@ class StoredFiles:
             self._store.put_file(str(temporary), f"{self._base}/{name}")
             note({"bytes": num_bytes, "sha256": sha256})
             version = self._version(name)
-            if version and version.num_bytes == num_bytes:  # else somebody has replaced it already
+            if version is None:
+                raise StepError(f"{self._uri}/{name}: is gone since its upload; another process removes files here")
+            if version.num_bytes == num_bytes:  # else somebody has replaced it already
                 keep(f"{self._uri}/{name}", temporary, Cached(version, sha256))
 
     def write_bytes(self, name: str, data: bytes) -> None:
@@ -173,11 +180,14 @@ class StoredFiles:
             check({"bytes": version.num_bytes, "sha256": sha256})
 
         def fetch(path: Path) -> None:
-            self._store.get_file(f"{self._base}/{name}", str(path), version.num_bytes)
+            try:
+                self._store.get_file(f"{self._base}/{name}", str(path), version.num_bytes)
+            except FileNotFoundError:
+                raise _GoneError from None
 
         try:
             path, sha256 = cached_path(f"{self._uri}/{name}", version, fetch, check_digest)
-        except FileNotFoundError:  # removed since it was looked at
+        except _GoneError:  # removed since it was looked at
             return None
         if again:
             check_digest(sha256)

@@ -21,7 +21,7 @@ from pipeline.recipe.champion import Promotion, Promotions
 from pipeline.recipe.recipe import parse_recipe
 from pipeline.runtime.tracking.aliases import evaluation_of
 from pipeline.runtime.tracking.place import Place
-from pipeline.workspace import cache, objects
+from pipeline.workspace import cache, objects, stored_files
 from pipeline.workspace.digests import fingerprint
 from pipeline.workspace.files import open_file
 from pipeline.workspace.forgotten import Forgotten, Rewrite
@@ -450,3 +450,25 @@ def test_the_champion_of_a_workspace_in_a_store_is_what_the_workspace_says(
     artifact.write_json("champion.json", asdict(Promotions(tuple(choices))))
     assert evaluation_of(recipe, "champion") == ("what `unclip promote` has chosen", "b" * 16)
     assert not (Workspace(recipe.workspace).local_root / "mlflow.db").exists()
+
+
+def test_an_upload_that_is_gone_at_once_is_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = Artifact("memory://gone/step/key")
+    monkeypatch.setattr(ObjectStore, "put_file", lambda *_: None)
+    with pytest.raises(StepError, match=r"x: is gone since its upload"), artifact.write("x") as path:
+        path.write_bytes(_CONTENT)
+
+
+def test_a_file_that_the_cache_lost_is_not_one_that_the_store_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose(*_: object) -> None:
+        raise FileNotFoundError("/tmp/cache/x")
+
+    artifact = Artifact("memory://lost/step/key")
+    artifact.write_bytes("x", _CONTENT)
+    with monkeypatch.context() as patch:
+        patch.setattr(stored_files, "cached_path", lose)
+        with pytest.raises(FileNotFoundError, match="/tmp/cache/x"):
+            artifact.path("x")
+    monkeypatch.setattr(ObjectStore, "get_file", lose)
+    with pytest.raises(DataError, match="no file x"):
+        artifact.path("x")

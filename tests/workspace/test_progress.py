@@ -47,6 +47,19 @@ def test_a_reading_is_taken_again_where_the_storage_failed(tmp_path: Path, monke
             assert len(failed) == 1
 
 
+def test_a_new_notice_is_written_at_once(tmp_path: Path) -> None:
+    artifact = Artifact(str(tmp_path))
+    progress = Progress(artifact, every_s=1000)
+    for done, notice in enumerate(("", "a worker was lost", "a worker was lost", "another was lost")):
+        progress.notice = notice
+        progress.update(done, 10, "rows")
+    state = read_progress(artifact)
+    assert state is not None
+    assert (state.done, state.notice) == (3, "another was lost")
+    progress.update(4, 10, "rows")
+    assert read_progress(artifact) == state
+
+
 def test_progress_counts_the_work_and_not_the_waiting(tmp_path: Path) -> None:
     artifact = Artifact(str(tmp_path))
     progress = Progress(artifact, waits=True)
