@@ -86,7 +86,10 @@ class HostileServer:
                 return False
             head += data
         text = head.decode("latin-1")
-        target = text.split(" ")[1]
+        words = text.split(" ")
+        if len(words) < 2:  # no request: somebody looks for another server, which had this port before
+            return False
+        target = words[1]
         host = next(
             (line.partition(":")[2].strip() for line in text.split("\r\n") if line.lower().startswith("host:")), ""
         )
