@@ -30,8 +30,6 @@ _OWN_RAY = {
     # Its agent looks at every process of the machine for a dashboard, which is not there. Every 5 s that took 1 % of a
     # core.
     "REPORTER_UPDATE_INTERVAL_MS": "600000",
-    # A replica's own thread for our code would hand each call over twice more; nothing of ours holds up its loop.
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
 }
 """Environment variables of a Ray of our own."""
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 from ray.dashboard.modules.reporter import reporter_consts
-from ray.serve._private import constants
 
 from pipeline.recipe import schedule
 from pipeline.runtime import connection
@@ -42,4 +41,4 @@ def test_a_ray_of_our_own_sends_nobody_what_its_workers_print() -> None:
 
 
 def test_what_is_set_for_a_ray_of_our_own_is_what_ray_reads() -> None:
-    assert all(hasattr(reporter_consts, name) or hasattr(constants, name) for name in connection._OWN_RAY)
+    assert all(hasattr(reporter_consts, name) for name in connection._OWN_RAY)
