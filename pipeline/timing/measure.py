@@ -109,7 +109,11 @@ def _measure(recipe: Recipe, rehearsal: Rehearsal, todo: Collection[str], steps:
 def _crowding(recipe: Recipe, rehearsal: Rehearsal, units: Units) -> float:
     """Time of a step of the longest training with every CPU busy, over its time alone; on a GPU, 1."""
     sections = {name: recipe.trained()[name] for name in units.trainings}
-    on_cpu = {name: section for name, section in sections.items() if section.resources.accelerator == "cpu"}
+    on_cpu = {
+        name: section
+        for name, section in sections.items()
+        if section.resources.accelerator == "cpu" and units.trainings[name].step_s  # a pretrained CLIP takes none
+    }
     if not on_cpu:
         return 1.0
     name = max(on_cpu, key=lambda name: training_seconds(on_cpu[name], units.trainings[name], units.rows_of(name)))

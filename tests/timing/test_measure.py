@@ -3,6 +3,7 @@
 import csv
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -18,11 +19,11 @@ from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.recipe.schedule import this_machine
 from pipeline.recipe.steps import STEP_ROWS
 from pipeline.timing.companion import training_together
-from pipeline.timing.measure import measure
+from pipeline.timing.measure import _crowding, measure
 from pipeline.timing.rehearsal import Rehearsal
 from pipeline.timing.run_time import measure_run
 from pipeline.timing.trainings import RehearsedTraining
-from pipeline.timing.units import step_times
+from pipeline.timing.units import TrainingUnits, Units, step_times
 from pipeline.train.assemble import TrainJob
 from pipeline.workspace.store import Artifact, Workspace
 from tests.tiny.companions import start_no_companion
@@ -203,3 +204,10 @@ def test_an_unknown_pretrained_clip_is_refused(tmp_path: Path) -> None:
     recipe = _recipe(tmp_path, clip={"source": "pretrained", "name": "hf-hub:some/where"})
     with pytest.raises(ConfigError, match=r"clip.name: .*unclip run RECIPE --until clip"):
         Rehearsal(recipe, tmp_path / "rehearsal", {}).training("clip")
+
+
+def test_a_pretrained_clip_takes_no_steps_that_others_could_slow_down() -> None:
+    recipe = parse_recipe({"clip": {"source": "pretrained", "name": "ViT-B-32", "tag": "openai"}})
+    units = Units(process_s=1.0, num_rows=10, trainings={"clip": TrainingUnits(step_s=0.0, start_s=2.0)})
+    rehearsal: Any = None  # nothing is rehearsed
+    assert _crowding(recipe, rehearsal, units) == 1.0
