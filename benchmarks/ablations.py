@@ -9,7 +9,8 @@ hard negatives, CLIP and prior; then it samples the 240 held-out prompts and che
 demo itself. A row takes about half an hour of two cores, as `unclip run configs/ablations/NAME.toml` does, and half of
 them with half of the samples. No Ray runs. A recipe without a row was not measured.
 
-Rows that say 1,100 steps are of the demo as it was, with 2,200 steps of the decoder: `--share 0.32` repeats them.
+Rows without `steps` are of the demo as it was, with 2,200 steps of the decoder, of which they took half:
+`--share 0.3236` takes as many.
 
 All recipes see the same number of samples, or the same share of them, and not the same time of a processor: one
 attention is a tenth faster than the demo, and batches of 32 are twice as many steps of the optimizer. With `--seconds`

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import platform
+import re
 import shlex
 import time
 from pathlib import Path
@@ -47,6 +48,7 @@ _SOURCES = {
     "folder": "the pictures of a folder",
     "shards": "shards of captioned pictures",
 }
+_URL = re.compile(r"[\w+.-]+://[^\s\"]+")
 _NOVELTIES_ABOUT = (
     "What a new combination costs, in points: samples of prompts with a colour and shape, a background, or a pair of "
     "objects that training never shows together, minus samples of trained combinations, with the 95 % interval of the "
@@ -170,8 +172,7 @@ def build_view(done: Done, step_names: list[str], recipe: Recipe, recipe_file: s
 
 def next_commands(recipe: Recipe, recipe_file: str, prompt: str, done: set[str]) -> list[tuple[str, str]]:
     """Commands to try after this run, each with its purpose."""
-    uri, words = recipe.tracking.uri, shlex.quote(prompt)
-    file = recipe_file.replace(uri, without_password(uri)) if uri else recipe_file  # it may be in a ``--set``
+    words, file = shlex.quote(prompt), shlex.join(map(_without_secret, shlex.split(recipe_file)))
     if "evaluate" not in done:
         return [
             ("show what is done, what remains and why", f"unclip plan {file}"),
@@ -187,6 +188,12 @@ def next_commands(recipe: Recipe, recipe_file: str, prompt: str, done: set[str])
             f"unclip plan {file} --set decoder.train.num_steps={steps}",
         ),
     ]
+
+
+def _without_secret(word: str) -> str:
+    """A word of a command as people may see it: the page is handed around."""
+    name, is_set, value = word.partition("=")
+    return f"{name}={_URL.sub(lambda url: without_password(url[0]), without_password(value))}" if is_set else word
 
 
 def short_count(count: float) -> str:

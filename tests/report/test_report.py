@@ -1,5 +1,6 @@
 import math
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,8 +15,8 @@ from pipeline.evaluate.ablate import ablation_step
 from pipeline.pictures.png import to_png
 from pipeline.recipe.pairs_sections import PairsConfig, PairsList
 from pipeline.recipe.plan import artifact_of, make_plan, manifest_of
-from pipeline.recipe.recipe import Recipe
-from pipeline.report.report import format_metrics, short_count, write_report
+from pipeline.recipe.recipe import Recipe, parse_recipe
+from pipeline.report.report import format_metrics, next_commands, short_count, write_report
 from pipeline.report.sections import Finished, covered_s, download_of, pairs_of, recipe_changes
 from pipeline.report.tables import measure_rows, quality_groups, tiles_of
 from pipeline.shapes.captions import canonical_caption
@@ -147,7 +148,7 @@ def test_report_of_an_empty_workspace_can_be_written(recipe: Recipe, tmp_path: P
 def test_report_escapes_what_people_wrote(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path / "w", name="<script>alert(1)")
     fill_workspace(recipe, until="pairs")
-    text = _report(recipe, tmp_path / "report.html", "my recipe's.toml")
+    text = _report(recipe, tmp_path / "report.html", shlex.quote("my recipe's.toml"))
     assert "<script>alert" not in text
     assert "&lt;script&gt;" in text
 
@@ -162,6 +163,25 @@ def test_report_shows_no_password(until: str, tmp_path: Path) -> None:
     assert "secret" not in text
     assert "http://me:***@host:5000" in text
     assert "s3://me:***@bucket/a" in text
+
+
+def test_commands_of_a_report_show_no_secret_of_an_address() -> None:
+    words = [
+        "my recipe.toml",
+        "--set",
+        "tracking.uri=http://me:it's secret@host:5000",
+        "--set",
+        "pairs.path=https://me:secret@lists.example/a.parquet?X-Signature=secret",
+        "--set",
+        'pairs.lists=[{path="https://me:secret@lists.example/b.csv", weight=2}]',
+        "--set",
+        "decoder.train.num_steps=10",
+    ]
+    [_, (_, command)] = next_commands(parse_recipe({}), shlex.join(words), "a", set())
+    assert "secret" not in command
+    for text in ("http://me:***@host:5000", "https://me:***@lists.example/a.parquet?***", "/b.csv", "num_steps=10"):
+        assert text in command
+    assert shlex.split(command)[:3] == ["unclip", "run", "my recipe.toml"]
 
 
 def test_report_names_a_broken_curve(recipe: Recipe, tmp_path: Path) -> None:
