@@ -108,9 +108,9 @@ class LocalFiles:
 
     def clear_temporaries(self, start: str) -> None:
         """Remove what killed writers left, where the name begins with ``start``."""
-        for name in list(self.all_names()):
+        for name in [one for one in self.all_names() if TEMPORARY in one and one.startswith(start)]:
             place, temporary, rest = f"/{name}".partition(f"/{TEMPORARY}")
-            if temporary and name.startswith(start):
+            if temporary:
                 path = Path(f"{self._base}{place}{temporary}{rest.partition('/')[0]}")
                 patiently(lambda path=path: _remove(path), str(path), "removed")
 

@@ -18,6 +18,7 @@ from pipeline.recipe.paths import without_password
 from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.tracking.outbox import RECORDS, SENT, Outbox, count_waiting
 from pipeline.runtime.tracking.tracker import Tracker, make_database
+from pipeline.workspace.disk import flock
 from pipeline.workspace.store import Artifact, Workspace
 
 Json = dict[str, Any]
@@ -92,13 +93,13 @@ class Place:
         """
         if not self.has_far_database:
             return
-        # NFS gives a shared lock only to who may read.
-        use = (self._workspace.local_root / f"{_DATABASE}.lock").open("a+")
+        path = self._workspace.local_root / f"{_DATABASE}.lock"
+        use = path.open("a+")  # NFS gives a shared lock only to who may read
         try:
             with contextlib.suppress(BlockingIOError):
-                fcntl.flock(use, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                flock(use, fcntl.LOCK_EX | fcntl.LOCK_NB, str(path))
                 self._workspace.restore(_DATABASE)
-            fcntl.flock(use, fcntl.LOCK_SH)
+            flock(use, fcntl.LOCK_SH, str(path))
         except BaseException:
             use.close()
             raise
