@@ -177,7 +177,7 @@ def serve(
     is_here = served.serve.mode == "process"
     if is_here and address:
         raise ConfigError('--address: serve.mode = "process" uses no Ray; with "replica" the networks run on a cluster')
-    own_ray = None if address or is_here else KeptRay()
+    own_ray = None if address or is_here else KeptRay(typer.echo, has_spare=served.serve.spare)
     kept = keep(served.serve, typer.echo, own_ray and own_ray.hold)
     from pipeline.serve.http_server import url_of
 

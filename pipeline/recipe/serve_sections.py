@@ -98,6 +98,9 @@ class ServeConfig:
     """The index of the pairs, in a chain; without this table it is read by the process that speaks HTTP."""
     replicas: tuple[PositiveInt, PositiveInt] = (1, 1)
     """Fewest and most copies of the cascade; Ray Serve starts more while requests wait, and ends them again."""
+    spare: bool = True
+    """Whether `unclip serve` on a Ray of its own keeps a process idle, about .45 GB, in which a copy that was killed is
+    started again: that takes some seconds then, and two to four times as many in a new process."""
     target_requests: PositiveFloat = 16.0
     """Requests of each copy, under way or waiting, above which another one is started."""
     scale_down_after_s: NonNegativeFloat = 600.0

@@ -7,7 +7,7 @@ the server's keeper ends.
 import os
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
@@ -21,10 +21,17 @@ _LONGEST_START_S = 120.0
 
 
 class KeptRay:
-    """A Ray that one process holds and others join; made before they are forked."""
+    """A Ray that one process holds and others join; made before they are forked.
 
-    def __init__(self) -> None:
+    Args:
+        announce: Takes lines for people, in the process that holds it.
+        has_spare: Whether an idle process is kept in which a replica that was killed is started again.
+    """
+
+    def __init__(self, announce: Callable[[str], None], *, has_spare: bool) -> None:
         self._notes = Notes()
+        self._announce = announce
+        self._has_spare = has_spare
 
     def hold(self, kept: Kept) -> None:
         """Start Ray, and hold it until the keeper ends or this process is interrupted.
@@ -35,11 +42,17 @@ class KeptRay:
         import ray
 
         from pipeline.runtime.connection import connect, own_servers
+        from pipeline.runtime.spare import keep_spare, load_ahead
 
+        if self._has_spare:
+            load_ahead()
         try:
             with suppress(KeyboardInterrupt), connect():
-                servers = [server.pid for server in own_servers()]
-                self._notes.write({"address": ray.get_runtime_context().gcs_address, "servers": servers})
+                servers = own_servers()
+                if self._has_spare:
+                    keep_spare(servers, self._announce)
+                pids = [server.pid for server in servers]
+                self._notes.write({"address": ray.get_runtime_context().gcs_address, "servers": pids})
                 kept.wait_until_keeper_ends()
         except StepError as error:
             self._notes.write({"error": str(error)})

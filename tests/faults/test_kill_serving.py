@@ -58,10 +58,13 @@ class Server:
     """What it has said."""
 
     def find(self, title: str) -> psutil.Process:
-        for process in self.root.children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                if process.cmdline()[:1] and process.cmdline()[0].startswith(title):
-                    return process
+        deadline = time.monotonic() + _PATIENCE_S
+        while time.monotonic() < deadline:
+            for process in self.root.children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if process.cmdline()[:1] and process.cmdline()[0].startswith(title):
+                        return process
+            time.sleep(0.1)
         raise AssertionError(f"no process {title}")
 
     def health(self) -> Any:
@@ -192,8 +195,10 @@ def own(folder: Path) -> Iterator[Server]:
         yield server
 
 
-def test_a_replica_that_is_killed_costs_no_request(own: Server) -> None:
+def test_a_replica_that_is_killed_costs_no_request_and_is_started_again_in_the_spare_process(own: Server) -> None:
+    spare = own.find("ray::IDLE")
     require_answered(kill_in_the_middle(own, own.find("ray::ServeReplica").kill))
+    assert own.find("ray::ServeReplica").pid == spare.pid
     assert "a replica has died (networks), another one is started\n" in own.lines
     metrics = own.metrics()
     assert 'unclip_replica_deaths_total{part="networks"} 1.0' in metrics

@@ -1,0 +1,79 @@
+"""A spare process of our own Ray: a replica that was killed is started again in it.
+
+Most of the time until a replica is back goes into a new process, which loads Python, Ray Serve and torch. Ray starts a
+process before there is work for it, if it is asked to, and lets it load modules meanwhile.
+"""
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grpc
+import psutil
+import ray
+from ray._private.grpc_utils import init_grpc_channel
+from ray.core.generated import node_manager_pb2, node_manager_pb2_grpc
+
+from pipeline.runtime.connection import are_alive
+
+RAY = {
+    "RAY_preload_python_modules": "ray.serve._private.replica,pipeline.runtime.replicas,pipeline.serve.engine",
+    # Without these Ray keeps an idle process for each CPU that is free, which would load the same.
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_num_workers_soft_limit": "0",
+}
+"""Environment variables of a Ray whose processes are replicas."""
+_KEEP_S = 10 * 365 * 86400
+_ANSWERS_S = 5.0
+_LOOK_EVERY_S = 2.0
+
+
+def load_ahead() -> None:
+    """Have all processes of a Ray that is started after this load what a replica does, before they are one."""
+    os.environ.update({name: value for name, value in RAY.items() if name not in os.environ})
+
+
+def keep_spare(servers: Sequence[psutil.Process], announce: Callable[[str], None]) -> None:
+    """Have one process of our own Ray idle from now on; it takes about .45 GB of memory.
+
+    Args:
+        servers: Of our own Ray.
+        announce: Told once if Ray starts none: a replica that is killed then takes longer to be back.
+    """
+    [raylet] = (server for server in servers if server.name() == "raylet")
+    threading.Thread(target=_keep, args=(raylet, announce), name="unclip-spare", daemon=True).start()
+
+
+def _keep(raylet: psutil.Process, announce: Callable[[str], None]) -> None:
+    [node] = ray.nodes()
+    with init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}") as channel:
+        stub: Any = node_manager_pb2_grpc.NodeManagerServiceStub(channel)
+        is_failing = False
+        while are_alive([raylet]):
+            try:
+                if not any(map(_is_idle, raylet.children())):
+                    stub.PrestartWorkers(_one(), timeout=_ANSWERS_S)
+            except (grpc.RpcError, psutil.Error) as error:
+                if not is_failing and are_alive([raylet]):
+                    announce(f"Ray keeps no spare process, so a replica that dies takes longer to be back: {error!r}")
+                is_failing = True
+            else:
+                is_failing = False
+            time.sleep(_LOOK_EVERY_S)
+
+
+def _one() -> Any:
+    request = node_manager_pb2.PrestartWorkersRequest(num_workers=1, keep_alive_duration_secs=_KEEP_S)
+    request.runtime_env_info.serialized_runtime_env = "{}"
+    return request
+
+
+def _is_idle(process: psutil.Process) -> bool:
+    """Whether a process of Ray waits for work, or starts."""
+    with contextlib.suppress(psutil.Error):
+        title = process.cmdline()
+        return title[:1] == ["ray::IDLE"] or any(part.endswith("default_worker.py") for part in title)
+    return False

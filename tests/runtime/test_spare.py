@@ -1,0 +1,101 @@
+"""The spare process of a Ray of our own, and the actor that takes it."""
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Generator
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import ray
+
+from pipeline.runtime import connection, spare
+from pipeline.runtime.kept_ray import KeptRay
+from pipeline.serve.keeper import Kept
+
+_TAKE = """
+import json, sys, time
+import psutil, ray
+from pipeline.runtime import spare
+from pipeline.runtime.connection import connect, own_servers
+
+@ray.remote(num_cpus=0)
+class Replica:
+    def look(self):
+        return psutil.Process().pid, "torch" in sys.modules
+
+def idle():
+    return [child.pid for child in raylet.children() if spare._is_idle(child)]
+
+def wait_for_one():
+    while not idle():
+        time.sleep(0.1)
+    return idle()
+
+spare.load_ahead()
+with connect():
+    servers, lines = own_servers(), []
+    [raylet] = (server for server in servers if server.name() == "raylet")
+    result = {"first": idle()}
+    spare.keep_spare(servers, lines.append)
+    result["idle"] = wait_for_one()
+    time.sleep(4)  # others would have ended after one
+    result["kept"] = idle()
+    replica = Replica.remote()
+    result["replica"] = ray.get(replica.look.remote())
+    result["next"] = wait_for_one()
+    print(json.dumps({**result, "lines": lines}))
+"""
+
+
+@pytest.mark.ray
+def test_an_actor_takes_the_one_idle_process_which_has_loaded_torch_and_another_one_comes() -> None:
+    done = subprocess.run([sys.executable, "-c", _TAKE], check=True, capture_output=True, text=True, timeout=200)
+    result = json.loads(done.stdout)
+    [idle] = result["idle"]
+    assert (result["first"], result["kept"], result["lines"]) == ([], [idle], [])
+    assert result["replica"] == [idle, True]
+    assert result["next"] != [idle]
+
+
+@contextlib.contextmanager
+def process_without_children() -> Generator[psutil.Process]:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        try:
+            yield psutil.Process(process.pid)
+        finally:
+            process.kill()
+
+
+def test_that_ray_starts_none_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: [{"NodeManagerAddress": "127.0.0.1", "NodeManagerPort": 1}])
+    looks, lines = list[float](), list[str]()
+    with process_without_children() as raylet:
+
+        def end_after_three(seconds: float) -> None:
+            looks.append(seconds)
+            if len(looks) == 3:
+                raylet.kill()
+                raylet.wait()
+
+        monkeypatch.setattr(spare.time, "sleep", end_after_three)
+        spare._keep(raylet, lines.append)
+    assert len(looks) == 3
+    assert len(lines) == 1
+    assert lines[0].startswith("Ray keeps no spare process, so a replica that dies takes longer to be back: ")
+
+
+@pytest.mark.parametrize("has_spare", [True, False])
+def test_a_recipe_says_whether_there_is_one(monkeypatch: pytest.MonkeyPatch, *, has_spare: bool) -> None:
+    asked = list[str]()
+    monkeypatch.setattr(spare, "load_ahead", lambda: asked.append("modules"))
+    monkeypatch.setattr(spare, "keep_spare", lambda *_: asked.append("process"))
+    monkeypatch.setattr(connection, "connect", contextlib.nullcontext)
+    monkeypatch.setattr(connection, "own_servers", list)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="127.0.0.1:1"))
+    with socket.socket() as listener:
+        KeptRay(print, has_spare=has_spare).hold(Kept(listener, 0))
+    assert asked == (["modules", "process"] if has_spare else [])
