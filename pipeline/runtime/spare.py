@@ -32,7 +32,10 @@ _LOOK_EVERY_S = 2.0
 
 
 def load_ahead() -> None:
-    """Have all processes of a Ray that is started after this load what a replica does, before they are one."""
+    """Have all processes of a Ray that is started after this load what a replica does, before they are one.
+
+    No module of these opens a GPU: which one a replica has is said when it begins.
+    """
     os.environ.update({name: value for name, value in RAY.items() if name not in os.environ})
 
 

@@ -61,6 +61,24 @@ def test_an_actor_takes_the_one_idle_process_which_has_loaded_torch_and_another_
     assert result["next"] != [idle]
 
 
+_OPEN_NO_GPU = """
+import importlib, torch
+from pipeline.runtime import spare
+
+def refuse(*_):
+    raise AssertionError("a GPU is opened before Ray says which one")
+
+for name in ("init", "is_available", "device_count", "current_device"):
+    setattr(torch.cuda, name, refuse)
+for module in spare.RAY["RAY_preload_python_modules"].split(","):
+    importlib.import_module(module)
+"""
+
+
+def test_what_is_loaded_ahead_opens_no_gpu() -> None:
+    subprocess.run([sys.executable, "-c", _OPEN_NO_GPU], check=True, timeout=100)
+
+
 @contextlib.contextmanager
 def process_without_children() -> Generator[psutil.Process]:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
