@@ -21,6 +21,7 @@ from jobs.options import (
     with_options,
 )
 from jobs.watch import Follower
+from pipeline.addresses import words_without_secrets
 from pipeline.recipe.recipe import Recipe, load_recipe
 from pipeline.workspace.store import Workspace
 
@@ -55,6 +56,7 @@ def submit(
     Example: unclip submit my.toml --set workspace=s3://BUCKET/my --address http://127.0.0.1:8265 --follow
     """
     resolved, words = load_recipe(recipe, overrides or []), recipe_words(recipe, overrides)
+    shown_as = words_without_secrets(words)  # people read the job's command and its log on the cluster
     if manifest:
         from pipeline.runtime.kuberay import ray_job
 
@@ -62,7 +64,7 @@ def submit(
         return ("kubectl apply -f FILE", "kubectl get rayjobs")
 
     if follow:
-        code = _follow_submitted(resolved, address=address, until=until, again=again, shown_as=words, json=json)
+        code = _follow_submitted(resolved, address=address, until=until, again=again, shown_as=shown_as, json=json)
         following = (f"unclip jobs --address {address}", f"unclip status {words}")
         if code:
             if not json:
@@ -75,7 +77,7 @@ def submit(
     from pipeline.runtime.tunnel import reachable
 
     with reachable(address) as url:
-        submitted = submit_recipe(resolved, address=url, until=until, again=again, shown_as=words)
+        submitted = submit_recipe(resolved, address=url, until=until, again=again, shown_as=shown_as)
     _print_submission(submitted, address=address, json=json)
     return tuple(f"unclip {command} {submitted.job_id} --address {address}" for command in ("logs", "stop"))
 

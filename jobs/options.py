@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pipeline.addresses import without_secrets
 from pipeline.errors import ConfigError, UnclipError
 from pipeline.recipe.last_run import PLAN
 from pipeline.recipe.steps import STEP_ROWS
@@ -75,7 +76,7 @@ def with_options(command: str, options: Mapping[str, str | bool]) -> str:
 
 def describe_workspace(workspace: Workspace) -> str:
     """Where the artifacts of a recipe are: a relative path depends on the folder where a person stands."""
-    return f"workspace {workspace.root}{'' if has_run(workspace) else ' (nothing is there yet)'}"
+    return f"workspace {without_secrets(workspace.root)}{'' if has_run(workspace) else ' (nothing is there yet)'}"
 
 
 def has_run(workspace: Workspace) -> bool:
@@ -112,7 +113,7 @@ def print_json(value: Any) -> None:
 
 def print_warning(message: str) -> None:
     """Something that a person should know, on standard error."""
-    typer.echo(f"warning: {message}", err=True)
+    typer.echo(f"warning: {without_secrets(message)}", err=True)
 
 
 def print_measured(what: str) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs.options import AsJson, Next, Overrides, print_json, print_warning, recipe_words, require_workspace
+from pipeline.addresses import without_secrets
 from pipeline.errors import ConfigError, UnclipError
 from pipeline.recipe.lineage import Lineage, Node, mermaid, trace
 from pipeline.recipe.recipe import load_recipe
@@ -145,7 +146,7 @@ def _print_lineage(lineage: Lineage, pairs: "list[Neighbour]") -> None:
             typer.echo(f"{'':<17} {name}: {value}")
     for note in lineage.notes:
         typer.echo(f"note: {note}")
-    typer.echo(f"workspace {lineage.workspace}")
+    typer.echo(f"workspace {without_secrets(lineage.workspace)}")
 
 
 def _describe(node: Node) -> str:

@@ -24,6 +24,7 @@ from jobs.options import (
     recipe_words,
     with_options,
 )
+from pipeline.addresses import values_without_secrets, without_secrets
 from pipeline.data.causes import ALL, CLASSES, PICTURE_FAULTS, is_class
 from pipeline.data.retries import NONE
 from pipeline.errors import ConfigError, UnclipError
@@ -175,11 +176,11 @@ def run(
     where = update_report(workspace, steps, resolved, words)
     wall_s = round(time.monotonic() - start_s, 1)
     if json:
-        print_json({"ran": ran, "wall_s": wall_s, "workspace": workspace.root, "report": where})
+        print_json(values_without_secrets({"ran": ran, "wall_s": wall_s, "workspace": workspace.root, "report": where}))
         return ()
     number = "1 step" if len(ran) == 1 else f"{len(ran)} steps"
     typer.echo(f"ran {number} in {wall_s:.0f} s" if ran else f"nothing to do: all {len(before)} steps are done")
-    typer.echo(f"report: {where}")
+    typer.echo(f"report: {without_secrets(where)}")
     return _next(words, {status.step.name for status in before}, has_shapes=resolved.pairs.source == "drawn")
 
 

@@ -12,6 +12,8 @@ what to do; a command that they propose has the word RECIPE, in whose place the 
 
 from typing import ClassVar
 
+from pipeline.addresses import without_secrets
+
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's words, for a message to people; its class if it has none."""
@@ -19,9 +21,17 @@ def first_line(error: BaseException) -> str:
 
 
 class UnclipError(Exception):
-    """Base of these errors; it holds only its message, so that it can be pickled between processes."""
+    """Base of these errors; it holds only its message, so that it can be pickled between processes.
+
+    Args:
+        words: The message: what is wrong, where, and what to do; some kinds have it in parts. Passwords and signatures
+            of its addresses are left out.
+    """
 
     exit_code: ClassVar[int] = 1
+
+    def __init__(self, *words: str) -> None:
+        super().__init__(*map(without_secrets, words))
 
 
 class ConfigError(UnclipError):

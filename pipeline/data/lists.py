@@ -17,6 +17,7 @@ from typing import IO, Any, cast
 
 import pyarrow as pa
 
+from pipeline.addresses import without_secrets
 from pipeline.data.delimited import csv_records, lines_of, tsv_records
 from pipeline.data.json_lists import json_records, jsonl_records
 from pipeline.data.list_columns import ListColumns, names_of
@@ -223,7 +224,7 @@ def explain_damage(uri: str) -> Generator[None]:
     try:
         yield
     except DataError as error:
-        raise error if uri in str(error) else DataError(f"{uri}: {error}") from None
+        raise error if without_secrets(uri) in str(error) else DataError(f"{uri}: {error}") from None
     except (pa.ArrowInvalid, gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(f"{uri}: damaged, or not what its name says: {error}") from error
     except OSError as error:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
-from pipeline.recipe.paths import without_password
+from pipeline.addresses import without_password
 
 NUM_EXAMPLES = 10
 """Malformed rows that are named; the others are counted."""

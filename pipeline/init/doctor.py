@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from pipeline.addresses import without_password
 from pipeline.errors import UnclipError
 from pipeline.machine import free_memory_bytes, num_cpus
-from pipeline.recipe.paths import without_password
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import STEPS
 from pipeline.workspace.lock import locked

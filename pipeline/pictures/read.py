@@ -60,9 +60,7 @@ class PictureError(DataError):
 
     def __init__(self, where: str, reason: str, detail: str = "") -> None:
         super().__init__(where, reason, detail)  # all three, because Ray rebuilds an error from these arguments
-        self.where = where
-        self.reason = reason
-        self.detail = detail
+        self.where, self.reason, self.detail = self.args
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else "")

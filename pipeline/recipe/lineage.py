@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.addresses import values_without_secrets
 from pipeline.errors import ConfigError, DataError
 from pipeline.recipe import provenance
 from pipeline.recipe.last_run import Planned, read_last_run
@@ -278,7 +279,7 @@ def weights_of(network: Manifest) -> str:
 
 def _settings(section: Json) -> Json:
     fields = flatten(section)
-    return {name: fields[name] for name in _SHOWN if fields.get(name) not in {None, ""}}
+    return values_without_secrets({name: fields[name] for name in _SHOWN if fields.get(name) not in {None, ""}})
 
 
 def _plans(workspace: Workspace) -> tuple[dict[str, Planned], list[str]]:

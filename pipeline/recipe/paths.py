@@ -1,17 +1,11 @@
-"""Paths and addresses of a recipe: for processes that run in other folders (jobs, replicas), and for people to see."""
+"""Paths of a recipe, for processes that run in other folders: jobs and replicas."""
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import Any
 
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import STEPS, StepRow
-
-_PASSWORD = re.compile(r"\A((?:[\w+.-]*:)?//)?+([^:/@]*):.*@", re.DOTALL)
-"""Scheme, user and password of an address, which may have any letter: rather too much is hidden than a part shown."""
-_QUERY = re.compile(r"\?(?=.*=).*", re.DOTALL)
-"""Drivers of databases take a password there, and stores a signature; without names it is a pattern of files."""
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
@@ -30,11 +24,6 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
         ),
         tracking=dataclasses.replace(recipe.tracking, uri=_absolute_database(recipe.tracking.uri)),
     )
-
-
-def without_password(address: str) -> str:
-    """An address (``http://user:password@host``, or without its scheme) as people may see it."""
-    return _QUERY.sub("?***", _PASSWORD.sub(r"\1\2:***@", address))
 
 
 def _with_absolute_files(section: Any, row: StepRow) -> Any:

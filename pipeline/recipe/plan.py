@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pipeline.addresses import without_secrets
 from pipeline.errors import ConfigError, DataError
 from pipeline.recipe.initial_files import missing_files, num_files
 from pipeline.recipe.recipe import SAMPLING, Recipe, flatten, to_dict, without_resources
@@ -355,7 +356,8 @@ def unseen_inputs(recipe: Recipe) -> list[str]:
                     else f"{files_by_size[0]}"
                 )
                 notes.append(
-                    f"{row.name}: a change of {files} is noticed only by its size: the content is not looked at"
+                    f"{row.name}: a change of {without_secrets(files)} is noticed only by its size: the content is not "
+                    "looked at"
                 )
     return notes
 
@@ -366,7 +368,8 @@ def passing_inputs(recipe: Recipe) -> list[str]:
     The key of the other one holds its content, so there is no plan without it, also when that training has begun.
     """
     return [
-        f"{name}: init_from {path} is removed when its training is beyond it, and this recipe has no plan without it: "
+        f"{name}: init_from {without_secrets(path)} is removed when its training is beyond it, and this recipe has no "
+        "plan without it: "
         f"{_to_copy(path)} elsewhere and name the copy (the same content goes on with the same training)"
         for name, section in recipe.trained().items()
         if is_checkpoint(path := getattr(section, "init_from", "")) and f"{LIVE}checkpoints/" in path
@@ -431,4 +434,4 @@ def _differences(previous: Manifest, step: Step) -> list[str]:
     defaults = flatten(_ADDED_LATER, f"{step.name}.")  # what a section without these fields was made with
     old, new = (defaults | flatten(section, f"{step.name}.") for section in (previous.section, step.section))
     changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
-    return reasons + [f"{name}: {old.get(name)} -> {new.get(name)}" for name in changed]
+    return reasons + [without_secrets(f"{name}: {old.get(name)} -> {new.get(name)}") for name in changed]

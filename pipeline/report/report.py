@@ -4,7 +4,6 @@ import functools
 import hashlib
 import json
 import platform
-import re
 import shlex
 import time
 from pathlib import Path
@@ -14,8 +13,8 @@ import psutil
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from pipeline.addresses import words_without_secrets
 from pipeline.evaluate.order import VARIANTS
-from pipeline.recipe.paths import without_password
 from pipeline.recipe.plan import Step, artifact_of
 from pipeline.recipe.recipe import Recipe
 from pipeline.report import sections
@@ -48,7 +47,6 @@ _SOURCES = {
     "folder": "the pictures of a folder",
     "shards": "shards of captioned pictures",
 }
-_URL = re.compile(r"[\w+.-]+://[^\s\"]+")
 _NOVELTIES_ABOUT = (
     "What a new combination costs, in points: samples of prompts with a colour and shape, a background, or a pair of "
     "objects that training never shows together, minus samples of trained combinations, with the 95 % interval of the "
@@ -172,7 +170,7 @@ def build_view(done: Done, step_names: list[str], recipe: Recipe, recipe_file: s
 
 def next_commands(recipe: Recipe, recipe_file: str, prompt: str, done: set[str]) -> list[tuple[str, str]]:
     """Commands to try after this run, each with its purpose."""
-    words, file = shlex.quote(prompt), shlex.join(map(_without_secret, shlex.split(recipe_file)))
+    words, file = shlex.quote(prompt), words_without_secrets(recipe_file)
     if "evaluate" not in done:
         return [
             ("show what is done, what remains and why", f"unclip plan {file}"),
@@ -188,12 +186,6 @@ def next_commands(recipe: Recipe, recipe_file: str, prompt: str, done: set[str])
             f"unclip plan {file} --set decoder.train.num_steps={steps}",
         ),
     ]
-
-
-def _without_secret(word: str) -> str:
-    """A word of a command as people may see it: the page is handed around."""
-    name, is_set, value = word.partition("=")
-    return f"{name}={_URL.sub(lambda url: without_password(url[0]), without_password(value))}" if is_set else word
 
 
 def short_count(count: float) -> str:

@@ -9,13 +9,13 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
+from pipeline.addresses import values_without_secrets
 from pipeline.errors import DataError
 from pipeline.pictures.frame import thumbnail
 from pipeline.pictures.read import decode
 from pipeline.recipe.pairs_sections import PairsList
-from pipeline.recipe.paths import without_password
 from pipeline.recipe.plan import Step, sampling_tables
 from pipeline.recipe.recipe import Recipe, default_tables, flatten, to_dict
 from pipeline.recipe.steps import STEP_ROWS
@@ -198,8 +198,8 @@ def pairs_of(done: Done, lists: Sequence[PairsList] = ()) -> Json | None:
         "ok": counts.get("ok", 0),
         "validation": metrics.get("validation", 0),
         "lists": [
-            f"list {number} ({_shown(one.path)}): {rows['ok']:,} of {rows['in']:,} rows, {rows['duplicate']:,} came "
-            f"before; weight {one.weight:g}"
+            f"list {number} ({values_without_secrets(one.path)}): {rows['ok']:,} of {rows['in']:,} rows, "
+            f"{rows['duplicate']:,} came before; weight {one.weight:g}"
             for number, (one, rows) in enumerate(zip(lists, metrics.get("lists", []), strict=False), 1)
         ],
         "odd": [{"words": words, "count": count} for words, count in odd if count],
@@ -274,19 +274,10 @@ def recipe_changes(recipe: Recipe) -> list[tuple[str, str, str]]:
     tables = to_dict(recipe)
     defaults, values = flatten(default_tables(tables)), flatten(tables)
     return [
-        (name, _text(_shown(value)), _text(defaults[name]) if name in defaults else "")
+        (name, _text(values_without_secrets(value)), _text(defaults[name]) if name in defaults else "")
         for name, value in values.items()
         if value is not None and defaults.get(name) != value
     ]
-
-
-def _shown(value: Any) -> Any:
-    """A value of a recipe whose addresses have no password: the page is handed around."""
-    if isinstance(value, dict):
-        return {name: _shown(one) for name, one in cast("Json", value).items()}
-    if isinstance(value, list):
-        return [_shown(one) for one in cast("list[Any]", value)]
-    return without_password(value) if isinstance(value, str) and "//" in value else value
 
 
 def _text(value: Any) -> str:

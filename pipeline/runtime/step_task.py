@@ -12,6 +12,7 @@ import psutil
 import ray
 import ray.exceptions
 
+from pipeline.addresses import without_secrets
 from pipeline.data.retries import ask_retry
 from pipeline.errors import StepError, UnclipError
 from pipeline.recipe.plan import manifest_of
@@ -99,7 +100,7 @@ def result_of(reference: Any, context: StepContext, ended: Mapping[Any, StepErro
         cause = error.cause
         if isinstance(cause, UnclipError):
             raise cause from None
-        output.write_bytes(ERROR, "".join(traceback.format_exception(error)).encode())
+        output.write_bytes(ERROR, without_secrets("".join(traceback.format_exception(error))).encode())
         raise StepError(f"{name}: {type(cause).__name__}: {cause}; details in {output.uri}/{ERROR}") from None
     except ray.exceptions.RayError as error:
         raise StepError(

@@ -21,6 +21,7 @@ import requests
 from ray._common.utils import get_default_ray_temp_dir
 from ray._private.worker import global_worker
 
+from pipeline.addresses import without_secrets
 from pipeline.errors import ConfigError, StepError
 from pipeline.runtime.dashboard import DEFAULT_ADDRESS, dashboard_client
 from pipeline.runtime.jobs import find_job
@@ -77,7 +78,7 @@ def failures_logged() -> Generator[None]:
     try:
         yield
     except Exception:
-        traceback.print_exc()
+        sys.stderr.write(without_secrets(traceback.format_exc()))
         raise
 
 

@@ -5,6 +5,8 @@ import logging
 import time
 from collections.abc import Callable, Generator
 
+from pipeline.addresses import without_secrets
+
 _SILENCE_S = 10.0
 _log = logging.getLogger(__name__)
 
@@ -17,7 +19,7 @@ class Outage:
     """
 
     def __init__(self, where: str) -> None:
-        self._where = where
+        self._where = without_secrets(where)
         self._began = time.monotonic()
         self._is_said = False
 
@@ -35,7 +37,7 @@ class Outage:
                 "%s: no answer for %.0f s (%s); it is asked again for some minutes",
                 self._where,
                 self.lasted_s,
-                reason or type(error).__name__,
+                without_secrets(reason) or type(error).__name__,
             )
         time.sleep(seconds)
 

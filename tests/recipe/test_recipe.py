@@ -12,7 +12,6 @@ from models.ar_prior.config import ArPriorConfig, TokenSamplerConfig
 from models.diffusion import config as configs
 from models.diffusion.schedules import fast27_timesteps, sampling_timesteps
 from pipeline.errors import ConfigError
-from pipeline.recipe.paths import without_password
 from pipeline.recipe.recipe import (
     Recipe,
     default_tables,
@@ -329,19 +328,3 @@ def test_phases_of_a_training_are_tables_of_a_recipe() -> None:
         load_recipe(None, ["decoder.train.phases=[{from_step=500, rate=1e-5}]"])
     with pytest.raises(ConfigError, match=r"phases\[0\]\.from_step is 5000: after 0 and at most 1000"):
         load_recipe(None, ["decoder.train.phases=[{from_step=5000, num_steps=9000}]"])
-
-
-@pytest.mark.parametrize(
-    ("address", "shown"),
-    [
-        ("http://me:secret@host:5000/x", "http://me:***@host:5000/x"),
-        ("me:secret@proxy:3128", "me:***@proxy:3128"),
-        ("postgresql://me:se@cr/et@db/ml", "postgresql://me:***@db/ml"),
-        ("postgresql+psycopg2://me:se/cr?et@db:5/ml", "postgresql+psycopg2://me:***@db:5/ml"),
-        ("mysql://db/ml?user=me&password=secret", "mysql://db/ml?***"),
-        *((same, same) for same in ("", "off", "host:5000", "http://me@host:5000", "http://[::1]:5000")),
-        *((same, same) for same in ("sqlite:////a@b:c@d.db", "s3://bucket/part-?.csv")),
-    ],
-)
-def test_an_address_is_shown_without_its_password(address: str, shown: str) -> None:
-    assert without_password(address) == shown

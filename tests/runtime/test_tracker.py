@@ -130,6 +130,22 @@ def test_a_stopped_run_is_continued_in_its_parent_without_doubles(database: str,
     assert json.loads(Path(text).read_text())["name"] == "tracked"
 
 
+def test_no_secret_of_an_address_goes_to_the_tracker(database: str, tmp_path: Path) -> None:
+    path, workspace = "https://me:hush@lists/a.csv?X-Signature=hush", Workspace(str(tmp_path))
+    tables = {"name": "signed", "tracking": {"uri": database}, "pairs": {"source": "list", "path": path}}
+    recipe = parse_recipe(tables)
+    context = StepContext(recipe, Step("pairs", 1, {"path": path, "lists": [{"path": path}]}, {}), str(tmp_path))
+    with _stopped(recipe, workspace) as tracking:
+        tracking.started(context)
+    runs, client = _runs(database, "signed"), _client(database)
+    parent, child = sorted(runs, key=lambda run: run.data.tags["unclip.step"] != "pipeline")
+    assert parent.data.params["pairs.path"] == child.data.params["path"] == "https://me:***@lists/a.csv?***"
+    [used] = child.inputs.dataset_inputs
+    assert json.loads(used.dataset.source)["path"] == "https://me:***@lists/a.csv?***"
+    text = Path(client.download_artifacts(parent.info.run_id, "recipe.json", str(tmp_path))).read_text()
+    assert "hush" not in f"{text} {parent.to_dictionary()} {child.to_dictionary()}"
+
+
 def test_a_training_that_begins_again_at_its_first_step_has_another_child(database: str, tmp_path: Path) -> None:
     """Its inputs have changed, or somebody has removed a checkpoint that did not fit: the old curve is not its own."""
     recipe, workspace = _recipe(database, "again"), Workspace(str(tmp_path))

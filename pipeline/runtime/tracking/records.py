@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pipeline.addresses import values_without_secrets, without_secrets
 from pipeline.recipe.recipe import Recipe, flatten, to_dict
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.tracking.tracker import now_ms
@@ -33,7 +34,7 @@ def version_record(recipe: Recipe, context: StepContext, run: list[str], alias: 
 
 def model_record(op: str, name: str, context: StepContext, run: list[str]) -> Json:
     """What a step has trained, or measured, by its key and its inputs; the weights stay in the workspace."""
-    step, uri = context.step, context.output.uri
+    step, uri = context.step, without_secrets(context.output.uri)
     facts = {"step": step.name, "key": step.key, "artifact": uri, "inputs": step.inputs}
     tags = {"unclip.key": step.key, "unclip.artifact": uri}
     return {"op": op, "run": run, "name": name, "tags": tags, "text": json.dumps(facts, indent=1)}
@@ -45,12 +46,12 @@ def datasets_of(context: StepContext) -> list[Json]:
     for name, artifact in context.inputs.items():
         manifest = artifact.manifest()
         if manifest is not None:
-            source = json.dumps({"uri": artifact.uri})
+            source = json.dumps({"uri": without_secrets(artifact.uri)})
             profile = json.dumps({"rows": manifest.counts, "key": manifest.key})
             datasets.append({"name": name, "digest": content_of(manifest), "source": source, "profile": profile})
     if not context.step.inputs:
-        source = json.dumps(context.step.section, sort_keys=True)
-        digest = hashlib.sha256(source.encode()).hexdigest()[:16]
+        digest = hashlib.sha256(json.dumps(context.step.section, sort_keys=True).encode()).hexdigest()[:16]
+        source = json.dumps(values_without_secrets(context.step.section), sort_keys=True)
         datasets.append({"name": context.step.name, "digest": digest, "source": source, "profile": "{}"})
     return datasets
 
@@ -74,13 +75,13 @@ def new_points(lines: list[str], last: dict[str, int]) -> list[list[Any]]:
 
 
 def params_of(tables: Json) -> dict[str, str]:
-    """Tables of settings as texts, by dotted name."""
-    fields = flatten(tables)
+    """Tables of settings as texts, by dotted name, without passwords of addresses."""
+    fields = flatten(values_without_secrets(tables))
     return {name: json.dumps(value) if isinstance(value, list) else str(value) for name, value in fields.items()}
 
 
-def shareable(recipe: Recipe) -> Json:
-    """The resolved recipe without the address of its tracker, which may hold a password."""
+def tracked(recipe: Recipe) -> Json:
+    """The resolved recipe without its tracker, which makes no run another one."""
     return {name: value for name, value in to_dict(recipe).items() if name != "tracking"}
 
 

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
+from pipeline.addresses import values_without_secrets, without_secrets
 from pipeline.errors import UnclipError
 from pipeline.recipe.plan import Step
 from pipeline.recipe.recipe import Recipe, flatten
@@ -29,7 +30,7 @@ from pipeline.runtime.tracking.records import (
     model_record,
     new_points,
     params_of,
-    shareable,
+    tracked,
     version_record,
 )
 from pipeline.runtime.tracking.tracker import now_ms
@@ -79,11 +80,12 @@ class Tracking:
             return self
         self._begin_attempt()
         self._delivery = _delivery_of(self._place, self._outbox, self._warn)
-        tables = shareable(self._recipe)
+        tables = tracked(self._recipe)
+        shown = json.dumps(values_without_secrets(tables), indent=1)
         tags = code_tags() | {"unclip.workspace": self._place.root, "unclip.recipe": self._recipe.name}
         self._say(
             self._start_record("", self._recipe.name, params_of(tables), tags),
-            {"op": "text", "run": self._run(""), "file": "recipe.json", "text": json.dumps(tables, indent=1)},
+            {"op": "text", "run": self._run(""), "file": "recipe.json", "text": shown},
         )
         self._delivery.start(self._add_readings)
         return self
@@ -218,7 +220,7 @@ class Tracking:
 
     def _begin_attempt(self) -> None:
         """Give this pipeline run a random name: that of the last one if it was stopped and had the same recipe."""
-        digest = hashlib.sha256(json.dumps(shareable(self._recipe), sort_keys=True).encode()).hexdigest()[:16]
+        digest = hashlib.sha256(json.dumps(tracked(self._recipe), sort_keys=True).encode()).hexdigest()[:16]
         attempts = self._place.state["attempts"]
         previous = attempts.get(self._recipe.name, {})
         if previous.get("recipe") != digest:
@@ -238,7 +240,7 @@ class Tracking:
 
     def _start_record(self, step: str, title: str, params: Json, tags: dict[str, str]) -> Json:
         run = {"op": "start", "run": self._run(step), "name": title, "params": params, "time_ms": now_ms()}
-        return run | {"tags": {name: value for name, value in tags.items() if value}}
+        return run | {"tags": {name: without_secrets(value) for name, value in tags.items() if value}}
 
     def _add_readings(self, readings: dict[str, float]) -> None:
         now = now_ms()

@@ -1,0 +1,130 @@
+"""Addresses as people may see them."""
+
+import dataclasses
+import http.server
+import pickle
+import threading
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from pipeline.addresses import values_without_secrets, without_password, without_secrets, words_without_secrets
+from pipeline.errors import ConfigError, DataError, ResumeError, StepError, UnclipError
+from pipeline.recipe.plan import artifact_of, make_plan, manifest_of
+from pipeline.recipe.recipe import load_recipe
+from pipeline.workspace.store import Workspace
+from tests.tiny.command import unclip_here
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("http://me:secret@host:5000/x", "http://me:***@host:5000/x"),
+        ("me:secret@proxy:3128", "me:***@proxy:3128"),
+        ("postgresql://me:se@cr/et@db/ml", "postgresql://me:***@db/ml"),
+        ("postgresql+psycopg2://me:se/cr?et@db:5/ml", "postgresql+psycopg2://me:***@db:5/ml"),
+        ("mysql://db/ml?user=me&password=secret", "mysql://db/ml?***"),
+        *((same, same) for same in ("", "off", "host:5000", "http://me@host:5000", "http://[::1]:5000")),
+        *((same, same) for same in ("sqlite:////a@b:c@d.db", "s3://bucket/part-?.csv")),
+    ],
+)
+def test_an_address_is_shown_without_its_password(address: str, shown: str) -> None:
+    assert without_password(address) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://me:secret@lists/a.parquet: no such list", "https://me:***@lists/a.parquet: no such list"),
+        ("list 2: https://b/a.csv?X-Sig=secret: damaged", "list 2: https://b/a.csv?***: damaged"),
+        ("404, url=URL('https://b/a.csv?X-Sig=secret')", "404, url=URL('https://b/a.csv?***')"),
+        ("from (s3://me:secret@a/b), sftp://me:se,cret@c/d;", "from (s3://me:***@a/b), sftp://me:***@c/d;"),
+        *((same, same) for same in ("prior: step 3", "no dashboard at http://127.0.0.1:8265: refused", "a://")),
+        *((same, same) for same in ("choose one, such as s3://b/**/*.csv", "https://b/part-?.csv: cut off")),
+    ],
+)
+def test_a_message_shows_addresses_without_their_secrets(text: str, shown: str) -> None:
+    assert without_secrets(text) == shown
+    assert without_secrets(shown) == shown
+
+
+@pytest.mark.parametrize("kind", [UnclipError, ConfigError, DataError, StepError, ResumeError])
+def test_no_error_holds_a_secret_of_an_address(kind: type[UnclipError]) -> None:
+    error = kind("https://me:secret@lists/a.csv?key=secret: cut off")
+    assert str(error) == str(pickle.loads(pickle.dumps(error))) == "https://me:***@lists/a.csv?***: cut off"
+
+
+def test_values_and_words_are_shown_without_the_secrets_of_addresses() -> None:
+    table = {"path": "https://me:my secret@b/a.csv", "lists": [{"path": "s3://b/a?k=secret", "weight": 0.5}], "n": None}
+    shown = {"path": "https://me:***@b/a.csv", "lists": [{"path": "s3://b/a?***", "weight": 0.5}], "n": None}
+    assert values_without_secrets(table) == shown
+    words = "'my demo.toml' --set pairs.path=https://me:secret@b/a.csv --set seed=1"
+    assert words_without_secrets(words) == "'my demo.toml' --set 'pairs.path=https://me:***@b/a.csv' --set seed=1"
+
+
+@pytest.mark.parametrize("text", ["a" * 200_000 + "://", "a://" + ":" * 200_000, "a://b" + "?" * 200_000])
+def test_a_strange_text_is_read_once(text: str) -> None:
+    assert without_secrets(text) == text
+
+
+@pytest.fixture
+def signed(tmp_path: Path) -> Generator[str]:
+    """The address of a recipe's list, with a password and a signature, on a server that sends ``tmp_path``."""
+
+    class _Files(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments, directory=str(tmp_path))
+
+        def log_message(self, format: str, *args: Any) -> None:
+            del format, args
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Files) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://me:secret@127.0.0.1:{server.server_port}/list.parquet?X-Signature=secret"
+        server.shutdown()
+
+
+def test_commands_say_what_is_wrong_with_a_list_without_the_secrets_of_its_address(signed: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "my.toml"
+    tables = {"workspace": str(tmp_path / "w"), "pairs": {"source": "list", "path": signed}}
+    recipe.write_text(tomli_w.dumps(tables))
+    missing = unclip_here("plan", str(recipe))
+    (tmp_path / "list.parquet").write_bytes(b"no parquet")
+    damaged = unclip_here("init", signed, "--out", str(tmp_path / "new.toml"))
+    assert (missing.returncode, damaged.returncode) == (2, 3)
+    for done in (missing, damaged):
+        assert "me:***@127.0.0.1" in done.stderr
+        assert "/list.parquet?***: " in done.stderr or "/list.parquet?*** " in done.stderr
+        assert "secret" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_plan_names_another_address_without_its_secrets(options: list[str], tmp_path: Path) -> None:
+    recipe = tmp_path / "my.toml"
+    recipe.write_text(tomli_w.dumps({"workspace": str(tmp_path / "w")}))
+    loaded = load_recipe(recipe)
+    [pairs] = make_plan(loaded, until="pairs")
+    of_store = dataclasses.replace(pairs, section=pairs.section | {"path": "s3://me:secret@b/pictures?key=secret"})
+    output = artifact_of(Workspace(loaded.workspace), of_store)
+    output.commit(manifest_of(of_store, output))
+    done = unclip_here("plan", str(recipe), *options)
+    assert "pairs.path: s3://me:***@b/pictures?*** ->" in done.stdout
+    assert "secret" not in done.stdout + done.stderr
+
+
+def test_the_command_of_a_job_holds_no_secret_of_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.runtime import jobs
+
+    options: dict[str, Any] = {}
+
+    def submit(_recipe: object, **more: Any) -> jobs.Submission:
+        options.update(more)
+        return jobs.Submission("demo-1", "submitted", "http://h:1")
+
+    monkeypatch.setattr(jobs, "submit_recipe", submit)
+    change = "tracking.uri=http://me:secret@host:5000"
+    unclip_here("submit", "configs/demo.toml", "--set", change, "--address", "http://h:1", "--json")
+    assert options["shown_as"] == "configs/demo.toml --set 'tracking.uri=http://me:***@host:5000'"
