@@ -91,6 +91,21 @@ def read_table(path: Path | IO[bytes], columns: Sequence[str], *, use_threads: b
         raise DataError(f"{name_of(path)}: damaged ({error}); {repair_hint(path)}") from error
 
 
+def read_batches(path: Path | IO[bytes], columns: Sequence[str], num_rows: int) -> Iterator[pa.Table]:
+    """Read columns of a table, up to ``num_rows`` rows at a time, which is all that is in memory beside a row group.
+
+    Raises:
+        DataError: If the table is damaged or lacks a column; names the file.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            require_columns(file.schema_arrow.names, columns, where=name_of(path))
+            for batch in file.iter_batches(num_rows, columns=list(columns)):
+                yield pa.Table.from_batches([batch])
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{name_of(path)}: damaged ({error}); {repair_hint(path)}") from error
+
+
 def read_groups(path: Path | IO[bytes], columns: Sequence[str]) -> Iterator[pa.Table]:
     """Read columns of a table, a row group at a time.
 

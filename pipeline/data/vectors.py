@@ -1,22 +1,24 @@
 """Embeddings as numpy arrays and as Parquet columns of fixed-size lists of float16, which plain pyarrow reads."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.data.far_files import FarFiles, MappedFiles
 from pipeline.data.mends import repair_hint
 from pipeline.data.rows import embeddings_schema
-from pipeline.data.shard_tables import name_of, read_table
+from pipeline.data.shard_tables import name_of, read_batches, read_table
 from pipeline.errors import DataError
 from pipeline.workspace.hashing import HashedFile
 
+pc: Any = pyarrow.compute  # its functions are made when it is imported
 ROW_GROUP_ROWS = 1024
 """Rows of a row group; small, so that a writer holds few vectors in memory."""
 
@@ -24,6 +26,8 @@ WRITER_OPTIONS: dict[str, Any] = {"compression": "none", "use_dictionary": False
 """How a ParquetWriter stores embeddings: uncompressed (vectors do not shrink), and each column of a row group as one
 page. The page ends with the bytes of its vectors, so `StoredVectors` reads a single vector from its place in it."""
 
+BATCH_ROWS = 16_384
+"""Most rows of a file that are read at once where all of them are read: 50 MB of float32 at D = 768."""
 VECTOR_COLUMNS = ("z_image", "z_text")
 _ONE_PAGE = {b"unclip": b"one plain page for each column of a row group"}
 
@@ -154,6 +158,38 @@ def read_vectors(path: Path) -> Vectors:
     names = [name for name in embeddings_schema(1).names if name not in {"z_image", "z_text"}]
     table = read_table(path, names)
     return Vectors(read_column(path, "z_image"), read_column(path, "z_text"), table)
+
+
+def training_batches(file: Path | IO[bytes], columns: Sequence[str]) -> Iterator[list[NDArray[np.float32]]]:
+    """The vectors of a shard's training rows, in order, a batch at a time.
+
+    Memory grows with ``BATCH_ROWS`` x D for each column, and with the rows of the file by some bytes for each, but not
+    with rows x D. Only of a local file that another program wrote anew, a column is held as a whole.
+
+    Args:
+        file: The shard: a local path, or what ``Artifact.ranged`` gives, of which only these columns are fetched.
+        columns: Some of ``VECTOR_COLUMNS``.
+
+    Yields:
+        One array (B, D) for each column, rows of length one, with B up to ``BATCH_ROWS``.
+
+    Raises:
+        DataError: If the file is damaged or lacks a column; names it.
+    """
+    if isinstance(file, Path):
+        is_train = _is_train(read_table(file, ["split"]))
+        stored = [StoredColumn(file, name) for name in columns]
+        for first in range(0, len(is_train), BATCH_ROWS):
+            rows = first + np.flatnonzero(is_train[first : first + BATCH_ROWS])
+            yield [to_unit(column.read(rows)) for column in stored]
+    else:
+        for table in read_batches(file, [*columns, "split"], BATCH_ROWS):
+            is_train = _is_train(table)
+            yield [to_unit(to_numpy(table.column(name))[is_train]) for name in columns]
+
+
+def _is_train(table: pa.Table) -> NDArray[np.bool_]:
+    return pc.equal(table.column("split"), "train").to_numpy()
 
 
 @dataclass(frozen=True)

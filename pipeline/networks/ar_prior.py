@@ -21,7 +21,7 @@ from models.layers.transformer import TokenCache
 from models.pca import PcaSums
 from models.sample_random import SampleRandom
 from pipeline.data.batches import Batch, TextEncoder
-from pipeline.data.vectors import read_vectors, to_unit
+from pipeline.data.vectors import VECTOR_COLUMNS, training_batches
 from pipeline.errors import ConfigError, DataError
 from pipeline.networks.counting import Work, count, first_steps, full_captions
 from pipeline.networks.kind import NetworkKind
@@ -87,6 +87,9 @@ def build_ar_prior(config: ArPriorConfig, dims: ClipDims, embed: Artifact, *, ma
 def measure_embeddings(embed: Artifact, num_features: int, max_rows: int) -> tuple[PcaSums, DotHistogram]:
     """Sums and counts over training rows, always of the same shards.
 
+    Memory grows with the widths (D x D sums) and a batch of rows, but not with the rows of a shard: a part of imported
+    embeddings may have a million (see ``training_batches``).
+
     Raises:
         DataError: If a shard is damaged.
     """
@@ -94,11 +97,9 @@ def measure_embeddings(embed: Artifact, num_features: int, max_rows: int) -> tup
     every = max(1, sum(record.counts.get("ok", 0) for record in records.values()) // max_rows)
     sums, dots = PcaSums(num_features), DotHistogram()
     for shard in sorted(records)[::every]:
-        vectors = read_vectors(embed.path(f"{shard}.parquet"))
-        is_train = [split == "train" for split in vectors.table.column("split").to_pylist()]
-        z_image, z_text = (torch.from_numpy(to_unit(part[is_train])) for part in (vectors.z_image, vectors.z_text))
-        sums.update(z_image)
-        dots.update((z_image * z_text).sum(1))
+        for z_image, z_text in training_batches(embed.path(f"{shard}.parquet"), VECTOR_COLUMNS):
+            sums.update(torch.from_numpy(z_image))
+            dots.update((torch.from_numpy(z_image) * torch.from_numpy(z_text)).sum(1))
     return sums, dots
 
 

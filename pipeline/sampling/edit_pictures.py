@@ -21,8 +21,7 @@ from models.editor import Editor, EditSettings, Latents
 from models.pca import Pca, PcaSums
 from models.request import EditError
 from models.stage import Watch
-from pipeline.data.shard_tables import read_table
-from pipeline.data.vectors import read_column, to_numpy, to_unit
+from pipeline.data.vectors import training_batches
 from pipeline.errors import ConfigError
 from pipeline.grid import Block, draw_grid
 from pipeline.networks.cascade import load_cascade, network_configs
@@ -293,9 +292,12 @@ EDITS: dict[str, Callable[[Editor, Sources, EditOptions], Frames]] = {
 def training_pca(embed: Artifact, check: Callable[[], None] = lambda: None, *, most_rows: int = 0) -> Pca:
     """Principal components of the training pictures' embeddings.
 
+    Memory grows with the width (D x D sums) and a batch of rows, but not with the rows of a shard, nor their number: a
+    part of imported embeddings may have a million rows (see ``training_batches``).
+
     Args:
         embed: The embed step.
-        check: Called before each shard; what it raises ends the search.
+        check: Called for each batch of a shard; what it raises ends the search.
         most_rows: If there are more rows than that, about as many are read, in shards from all over the data; 0: all.
 
     Raises:
@@ -307,26 +309,15 @@ def training_pca(embed: Artifact, check: Callable[[], None] = lambda: None, *, m
     num_shards = max(1, len(records) * most_rows // num_rows) if 0 < most_rows < num_rows else len(records)
     sums: PcaSums | None = None
     for shard in [list(records)[number * len(records) // num_shards] for number in range(num_shards)]:
-        check()
-        rows = _training_rows(embed, shard)
-        sums = sums or PcaSums(rows.shape[1])
-        sums.update(torch.from_numpy(rows))
+        for [rows] in training_batches(embed.ranged(f"{shard}.parquet"), ["z_image"]):
+            check()
+            sums = sums or PcaSums(rows.shape[1])
+            sums.update(torch.from_numpy(rows))
     if sums is None or sums.num_rows < 2:
         raise ConfigError(
             "embed: too few training embeddings for principal components; run `unclip run RECIPE --until embed`"
         )
     return sums.pca()
-
-
-def _training_rows(embed: Artifact, shard: str) -> NDArray[np.float32]:
-    """z_image of the training rows of a shard (N, D), of length one; a shard in a store is not fetched whole."""
-    file = embed.ranged(f"{shard}.parquet")
-    if isinstance(file, Path):
-        z_image, split = read_column(file, "z_image"), read_table(file, ["split"]).column("split")
-    else:
-        table = read_table(file, ["z_image", "split"])
-        z_image, split = to_numpy(table.column("z_image")), table.column("split")
-    return to_unit(z_image[np.array(split.to_pylist()) == "train"])
 
 
 def _encode(editor: Editor, picture: Image.Image) -> Latents:

@@ -10,7 +10,7 @@ import pytest
 from pipeline.data.batches import Samples
 from pipeline.data.shard_tables import split_counts
 from pipeline.data.training_rows import ShardReader
-from pipeline.data.vectors import StoredColumn
+from pipeline.data.vectors import StoredColumn, read_vectors, to_unit, training_batches
 from pipeline.errors import DataError
 from pipeline.shapes.draw import draw_array
 from pipeline.shapes.scene import training_scene
@@ -71,6 +71,26 @@ def test_a_column_is_read_row_by_row_however_the_file_was_written(options: Any, 
     rows = np.array([7, 1, 1, 0])
     assert StoredColumn(path, "z_image").read(rows).tolist() == table["z_image"].take(pa.array(rows)).to_pylist()
     assert StoredColumn(path, "z_image").read(rows[:0]).shape == (0, EMBED_DIM)
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "zstd"}, {"row_group_size": 3}])
+@pytest.mark.parametrize("batch_rows", [4, 100])
+def test_training_vectors_come_in_batches_from_here_and_from_a_store(
+    batch_rows: int, options: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_embed(tmp_path / "embed", write_download(tmp_path / "download")).path("00000.parquet")
+    if options:
+        pq.write_table(pq.read_table(path), path, **options)
+    vectors = read_vectors(path)
+    is_train = np.array(vectors.table.column("split").to_pylist()) == "train"
+    assert 0 < is_train.sum() < len(is_train)
+    monkeypatch.setattr("pipeline.data.vectors.BATCH_ROWS", batch_rows)
+    with path.open("rb") as stream:
+        for file in (path, stream):
+            batches = list(training_batches(file, ["z_image", "z_text"]))
+            assert max(len(z_image) for z_image, _ in batches) <= batch_rows
+            for stored, parts in zip((vectors.z_image, vectors.z_text), zip(*batches, strict=True), strict=True):
+                assert np.array_equal(np.concatenate(parts), to_unit(stored[is_train]))
 
 
 def test_rows_are_counted_from_the_records_and_no_file_is_opened_before_it_is_needed(tmp_path: Path) -> None:

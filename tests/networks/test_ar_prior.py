@@ -8,11 +8,13 @@ import torch
 from sklearn.decomposition import PCA
 
 from models.ar_prior.config import ArPriorConfig
+from models.pca import PcaSums
 from models.sample_random import SampleRandom
 from pipeline.data.batches import Batch
 from pipeline.data.vectors import read_vectors, to_unit
 from pipeline.errors import ConfigError, DataError
 from pipeline.networks.ar_prior import ArPriorObjective, build_ar_prior, measure_embeddings
+from pipeline.sampling.edit_pictures import training_pca
 from pipeline.workspace.store import Artifact
 from tests.tiny.networks import CLIP, make_clip
 from tests.tiny.shards import EMBED_DIM, make_embeddings, write_download, write_embed
@@ -65,6 +67,30 @@ def test_measurement_reads_whole_shards_up_to_its_limit(tmp_path: Path) -> None:
     embed = Artifact(str(tmp_path))
     make_embeddings(embed, z_image, z_text, 10)
     assert [measure_embeddings(embed, 8, limit)[0].num_rows for limit in (60, 100, 30, 20, 1)] == [60, 60, 30, 20, 10]
+
+
+def test_a_large_part_is_measured_in_batches_as_it_is_measured_whole(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    z_image, z_text = np.random.default_rng(0).standard_normal((2, 60, 8)).astype(np.float32)
+    embed, sizes = Artifact(str(tmp_path)), list[int]()
+    make_embeddings(embed, z_image, z_text, 60, held_out_every=7)
+    whole, whole_dots = measure_embeddings(embed, 8, 60)
+    update = PcaSums.update
+
+    def counted(self: PcaSums, x: torch.Tensor) -> None:
+        sizes.append(len(x))
+        update(self, x)
+
+    monkeypatch.setattr(PcaSums, "update", counted)
+    monkeypatch.setattr("pipeline.data.vectors.BATCH_ROWS", 16)
+    sums, dots = measure_embeddings(embed, 8, 60)
+    edited = training_pca(embed)
+    assert sizes == [13, 14, 14, 10] * 2
+    assert torch.equal(dots.counts, whole_dots.counts)
+    for pca in (sums.pca(), edited):
+        torch.testing.assert_close(pca.variance, whole.pca().variance)
+        torch.testing.assert_close(pca.components, whole.pca().components)
 
 
 def test_measurement_refuses_too_few_rows(tmp_path: Path) -> None:
