@@ -1,6 +1,7 @@
 """The counted memory of a training against what its first steps allocate, byte by byte."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,9 @@ from pipeline.workspace.progress import byte_size
 from pipeline.workspace.store import Artifact
 from tests.tiny.command import ROOT
 from tests.tiny.training import tiny_inputs, tiny_job, training_recipe
+
+FOR_CPUS = ("demo", "demo-hour")
+FOR_GPUS = ("dalle2-paper", "karlo", "laion-vit-l14", "single-gpu")
 
 
 def _changed(name: str, train: dict[str, object], resources: dict[str, object]) -> Recipe:
@@ -265,8 +269,27 @@ def test_every_training_of_a_recipe_is_counted() -> None:
     assert "does not fit" not in format_memory(memories, recipe)
 
 
+def test_every_shipped_recipe_is_counted_against_its_machine() -> None:
+    assert {*FOR_CPUS, *FOR_GPUS} == {path.stem for path in (ROOT / "configs").glob("*.toml")}
+
+
+@pytest.mark.parametrize("name", FOR_CPUS)
+def test_the_trainings_of_a_recipe_for_cpus_fit_into_half_of_the_memory_that_the_readme_names(name: str) -> None:
+    """All of them at once, each worker of each; the other half is for the processes and the data."""
+    recipe = load_recipe(ROOT / "configs" / f"{name}.toml")
+    row = re.search(
+        rf"^\| `configs/{name}\.toml` \|.* CPU cores, (\d+) GB \|", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert row is not None
+    resources = {network: section.resources for network, section in recipe.trained().items()}
+    assert {one.accelerator for one in resources.values()} == {"cpu"}
+    memories = recipe_memory(recipe)
+    assert [memory.name for memory in memories] == list(resources)
+    assert sum(memory.total * resources[memory.name].most_workers for memory in memories) < int(row[1]) / 2 * 1e9
+
+
 @pytest.mark.slow  # minutes
-@pytest.mark.parametrize("name", ["dalle2-paper", "karlo", "laion-vit-l14", "single-gpu"])
+@pytest.mark.parametrize("name", FOR_GPUS)
 def test_every_training_of_the_shipped_recipes_fits_into_the_gpu_that_it_names(name: str) -> None:
     memories = recipe_memory(load_recipe(ROOT / "configs" / f"{name}.toml"))
     assert all(memory.gpu and memory.fits for memory in memories)
