@@ -140,11 +140,13 @@ def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def map_shards(context: StepContext, job: ShardJob) -> list[ShardRecord]:
         output = job.output or context.output
         worker: Any = None
+        records = output.shard_records()  # once: on an object store that asks for each file of them
         for shard in job.shards:
-            if shard not in output.shard_records():
+            if shard not in records:
                 worker = worker or job.worker(context)
                 worker(shard)
-        return [output.shard_records()[shard] for shard in job.shards]
+        records = output.shard_records()
+        return [records[shard] for shard in job.shards]
 
     monkeypatch.setattr(steps, "map_shards", map_shards)
 
