@@ -20,7 +20,7 @@ from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.store import Artifact, Workspace
 from tests.models.tiny_models import randomise
 from tests.tiny.recipe import Tables, merge, tiny_tables, write_recipe
-from tests.tiny.shards import Sample, drawn_sample, plain_picture, write_shard
+from tests.tiny.shards import Sample, drawn_sample, plain_picture, write_download, write_shard
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "black", "white", "gray", "pink")
 NUM_PICTURES = 40
@@ -85,6 +85,16 @@ def finish_workspace(recipe: Recipe, samples: Iterable[Sample], suffix: str) -> 
     build_index(outputs["embed"], outputs["index"], recipe.index, seed=recipe.seed)
     for name, step in steps.items():
         outputs[name].commit(manifest_of(step, outputs[name]))
+
+
+def finish_download(recipe: Recipe, *, num_shards: int = 4, num_rows: int = 12) -> None:
+    """Commit the list of pairs, without a file of it, and the download, in shards of some rows."""
+    steps = {step.name: step for step in make_plan(recipe)}
+    for name in ("pairs", "download"):
+        output = artifact_of(Workspace(recipe.workspace), steps[name])
+        if name == "download":
+            write_download(Path(output.uri), num_shards=num_shards, num_rows=num_rows)
+        output.commit(manifest_of(steps[name], output))
 
 
 def write_networks(recipe: Recipe, outputs: dict[str, Artifact]) -> None:
