@@ -29,10 +29,12 @@ from tests.ports import free_port, free_ports
 from tests.ray_head import RayHead, end_with_children, ray_head
 from tests.tiny.command import ROOT, start_unclip, unclip
 from tests.tiny.recipe import write_recipe
+from tests.tiny.shards import drawn_sample
+from tests.tiny.workspace import finish_workspace
 
 pytestmark = [pytest.mark.slow, pytest.mark.e2e, pytest.mark.ray, pytest.mark.timeout(900)]
 
-_NUM_STEPS, _SAVE_EVERY = 3000, 50
+_NUM_STEPS, _SAVE_EVERY, _NUM_PAIRS = 3000, 50, 96
 _TIMED = (".done.json", "metrics.jsonl")
 """Ends of the names of files that hold times."""
 _SETTINGS = ("--until", "prior", "--set", "tracking.uri=off", "--set", "job.max_outage_s=240")
@@ -57,6 +59,9 @@ class _Machine:
             "--object-store-memory=80000000", "--disable-usage-stats",
         ]  # fmt: skip
         environment = {"RAY_AUTH_MODE": "disabled", "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
+        environment["RAY_gcs_rpc_server_reconnect_timeout_s"] = (
+            "20"  # in place of 60: so long it trains on without a head
+        )
         while not self._ends.is_set():
             with (self._folder / "machine.log").open("ab") as log:
                 self._process = subprocess.Popen(
@@ -116,16 +121,17 @@ def test_a_head_that_is_killed_and_started_again_costs_time_and_no_byte(
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     calm, wild = tmp_path / "calm", tmp_path / "wild"
     calm.mkdir()
-    path = write_recipe(
-        calm, port=free_port(), num_steps=_NUM_STEPS, num_pairs=300, save_every=_SAVE_EVERY, long_trainings={"prior"}
-    )
-    alone = unclip("run", str(path), *_SETTINGS, cwd=tmp_path, timeout_s=400)
-    assert alone.returncode == 0, alone.stdout
+    path = write_recipe(calm, port=free_port(), num_steps=_NUM_STEPS, save_every=_SAVE_EVERY, long_trainings={"prior"})
+    samples = (drawn_sample(number, is_validation=number % 8 == 0) for number in range(_NUM_PAIRS))
+    finish_workspace(load_recipe(path), samples, "png")
+    _prior(load_recipe(path)).destroy()
     shutil.copytree(calm, wild)
     recipe_file = wild / path.name
     recipe_file.write_text(path.read_text().replace(str(calm), str(wild)))
     recipe = load_recipe(recipe_file)
-    _prior(recipe).destroy()
+    once = ("--set", f"prior.resources.save_every_steps={_NUM_STEPS}")
+    alone = unclip("run", str(path), *_SETTINGS, *once, cwd=tmp_path, timeout_s=400)
+    assert alone.returncode == 0, alone.stdout
 
     first = random.randrange(_NUM_STEPS // 10, _NUM_STEPS // 2)
     print(f"killed after step {first}")
