@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from pipeline.data.blank import are_forgotten
+from pipeline.data.lists import explain_damage
 from pipeline.data.rows import embeddings_schema, make_uid, numbered_names, split_of
 from pipeline.data.vectors import read_vectors, to_arrow, write_embeddings
 from pipeline.errors import ConfigError, DataError
@@ -115,7 +116,8 @@ def find_parts(folder: Path) -> list[NpyPart]:
                 )
         shapes = {str(path): _open_array(path).shape for path in (numbers[number], text)}
         num_rows, embed_dim = next(iter(shapes.values()))
-        rows = pq.read_metadata(metadata).num_rows
+        with explain_damage(str(metadata)):
+            rows = pq.read_metadata(metadata).num_rows
         if len(set(shapes.values())) > 1 or rows != num_rows:
             raise DataError(f"{folder}: part {number}: rows differ: {shapes}, {rows} in {metadata.name}")
         if parts and parts[0].embed_dim != embed_dim:
@@ -203,7 +205,7 @@ def _slices(
     forgotten: Forgotten | None,
 ) -> Iterator[pa.Table]:
     arrays = [_open_array(path) for path in (part.img, part.text)]
-    with pq.ParquetFile(part.metadata) as file:
+    with explain_damage(str(part.metadata)), pq.ParquetFile(part.metadata) as file:
         names = [name for name in file.schema_arrow.names if name in {*_NAMES, *_URL_NAMES, *_CAPTION_NAMES}]
         start = 0
         for batch in file.iter_batches(_SLICE_ROWS, columns=names):

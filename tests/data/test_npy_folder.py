@@ -144,6 +144,19 @@ def test_parts_come_in_order_of_their_numbers_and_must_fit_together(tmp_path: Pa
         find_parts(tmp_path / "damaged")
 
 
+def test_damaged_metadata_is_refused_by_the_name_of_its_file(embed: Artifact, tmp_path: Path) -> None:
+    folder = tmp_path / "npy"
+    export_embeddings(embed, folder)
+    metadata = folder / "metadata/metadata_0.parquet"
+    whole, [part, *_] = metadata.read_bytes(), find_parts(folder)
+    metadata.write_bytes(whole[:4] + bytes(len(whole) // 2) + whole[len(whole) // 2 + 4 :])
+    with pytest.raises(DataError, match=r"metadata_0\.parquet: cannot be read: "):
+        import_part(part, 0.1, tmp_path / "out.parquet")
+    metadata.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"metadata_0\.parquet: damaged, or not what its name says"):
+        find_parts(folder)
+
+
 def test_the_recipe_of_an_imported_folder_loads_and_is_not_overwritten(embed: Artifact, tmp_path: Path) -> None:
     export_embeddings(embed, tmp_path / "npy")
     out = tmp_path / "taken \U0001f98a over"
