@@ -11,6 +11,7 @@ import contextlib
 import heapq
 import itertools
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -142,6 +143,22 @@ class HostLimits:
             state.leases.pop(lease, None)
             state.changed.set()
             self._forget(host, state)
+
+    async def start_all(
+        self, requests: Sequence[tuple[str, int]], released: Sequence[tuple[str, int]] = ()
+    ) -> list[int]:
+        """``release`` and then ``start`` of many requests: a call from another process takes far longer than its work.
+
+        Args:
+            requests: Host and reservation of each that starts.
+            released: Host and lease of each that has ended.
+
+        Returns:
+            The leases, in the order of ``requests``.
+        """
+        for host, lease in released:
+            await self.release(host, lease)
+        return [await self.start(host, reservation) for host, reservation in requests]
 
     async def pause(self, host: str, seconds: float) -> None:
         """See ``Limits``; not for longer than ``LONGEST_PAUSE_S``."""

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import weakref
 from collections.abc import Generator
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -26,6 +27,9 @@ SHARDS_AT_ONCE = 2
 class ClusterLimits:
     """The limits of hosts that all workers share.
 
+    A call takes the actor about half a millisecond of its processor, however much it asks for. So what a worker has to
+    start and to give back while a call is under way goes together with the next one.
+
     Args:
         actor: The actor that holds them. If its process is lost, it starts again and knows of no request: for as long
             as those under way last, a host may have more than it should.
@@ -35,6 +39,9 @@ class ClusterLimits:
         self._actor = actor
         self._turns: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         """One request of this worker asks for a host at a time, so that few wait at the actor if it is crowded."""
+        self._requests: list[_Request] = []
+        self._released: list[tuple[str, int]] = []
+        self._calls: asyncio.Task[None] | None = None
 
     async def start(self, host: str, reservation: int = NO_LEASE) -> int:
         """See ``pipeline.data.hosts.Limits``.
@@ -42,8 +49,12 @@ class ClusterLimits:
         Raises:
             StepError: If the actor is gone for good.
         """
+        request = _Request(host, reservation, asyncio.get_running_loop().create_future())
+        self._requests.append(request)
+        if not self._is_calling:
+            self._calls = asyncio.create_task(self._call())
         with _gone():
-            return await self._actor.start.remote(host, reservation)
+            return await request.lease
 
     async def reserve(self, host: str, patience_s: float) -> int:
         """See ``pipeline.data.hosts.Limits``.
@@ -59,11 +70,47 @@ class ClusterLimits:
 
     async def release(self, host: str, lease: int) -> None:
         """See ``pipeline.data.hosts.Limits``."""
-        self._actor.release.remote(host, lease)
+        if self._is_calling:
+            self._released.append((host, lease))
+        else:
+            self._actor.release.remote(host, lease)
 
     async def pause(self, host: str, seconds: float) -> None:
         """See ``pipeline.data.hosts.Limits``."""
         self._actor.pause.remote(host, seconds)
+
+    @property
+    def _is_calling(self) -> bool:
+        return self._calls is not None and not self._calls.done()
+
+    async def _call(self) -> None:
+        """Ask the actor until nothing waits."""
+        while self._requests or self._released:
+            requests, self._requests = self._requests, []
+            released, self._released = self._released, []
+            try:
+                answer = self._actor.start_all.remote([(one.host, one.reservation) for one in requests], released)
+                if not requests:  # nobody waits for it
+                    return
+                leases: list[int] = await answer
+            except ray.exceptions.RayError as error:
+                for request in requests:
+                    if not request.lease.done():
+                        request.lease.set_exception(error)
+                continue
+            for request, lease in zip(requests, leases, strict=True):
+                if not request.lease.done():
+                    request.lease.set_result(lease)
+                elif lease != NO_LEASE:  # who asked has been cancelled
+                    self._released.append((request.host, lease))
+
+
+@dataclass(frozen=True)
+class _Request:
+    host: str
+    reservation: int
+    lease: asyncio.Future[int]
+    """The actor's answer."""
 
 
 @contextlib.contextmanager
