@@ -132,8 +132,11 @@ def test_a_machine_that_is_lost_and_one_that_comes(
 @pytest.mark.timeout(900)
 @pytest.mark.slow
 def test_a_worker_that_hangs_is_missed_and_replaced(tmp_path: Path) -> None:
+    num_steps = NUM_STEPS // 3
     hung, done = (
-        upsampler_context(_recipe(tmp_path, num_workers=2, cpus_per_worker=0.5, hang_timeout_s=10)),
+        upsampler_context(
+            _recipe(tmp_path, num_steps=num_steps, num_workers=2, cpus_per_worker=0.5, hang_timeout_s=10)
+        ),
         threading.Event(),
     )
     with connect():
@@ -143,7 +146,7 @@ def test_a_worker_that_hangs_is_missed_and_replaced(tmp_path: Path) -> None:
         workers = train_workers()
         assert len(workers) == 2
         workers[0].suspend()
-        assert ray.get(task).metrics["num_steps"] == NUM_STEPS
+        assert ray.get(task).metrics["num_steps"] == num_steps
         assert not workers[0].is_running()
 
 
@@ -202,10 +205,9 @@ def test_a_machine_that_is_drained_with_notice(cluster: Cluster, tmp_path: Path)
 @pytest.mark.timeout(900)
 @pytest.mark.slow
 def test_workers_that_get_sigterm_are_killed_or_raise_and_a_lost_controller_begin_again(tmp_path: Path) -> None:
-    resources = {"num_workers": 2, "cpus_per_worker": 0.5}
-    disturbed, calm = (
-        upsampler_context(_recipe(tmp_path / name, num_steps=800, **resources)) for name in ("wild", "calm")
-    )
+    size: dict[str, Any] = {"num_steps": 500, "num_workers": 2, "cpus_per_worker": 0.5}
+    disturbed = upsampler_context(_recipe(tmp_path / "wild", **size))
+    calm = upsampler_context(_recipe(tmp_path / "calm", save_every_steps=500, **size))
     with connect():
         start = ray.remote(num_cpus=0, max_retries=0)(run_training).remote
         task, done = start(disturbed), threading.Event()
