@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.runtime.context import StepContext
 from pipeline.train.assemble import TrainJob
+from pipeline.train.job import run_job
 from pipeline.workspace.store import Artifact
 from tests.tiny.networks import CLIP
 from tests.tiny.recipe import TRAINED, UNET, merge, tiny_tables, training
@@ -76,3 +78,9 @@ def upsampler_context(recipe: Recipe) -> StepContext:
     context = StepContext(recipe, step, recipe.workspace)
     write_download(Path(context.inputs["download"].uri))
     return context
+
+
+def train_here(context: StepContext) -> dict[str, Any]:
+    """Train the network of a step as one worker of one CPU does, in this process and without Ray; its metrics."""
+    inputs, output, key = context.inputs, context.output, context.step.key
+    return run_job(TrainJob(context.step.name, context.recipe, inputs, output, key, torch.device("cpu")), no_watch)
