@@ -87,7 +87,7 @@ def test_only_what_is_needed_soon_and_is_not_there_is_asked_for(cluster: Cluster
 @pytest.mark.slow
 @pytest.mark.e2e
 def test_a_run_asks_for_the_machines_of_a_step_before_it_begins(cluster: Cluster, tmp_path: Path) -> None:
-    path = write_recipe(tmp_path, port=free_port(), num_steps=300)
+    path = write_recipe(tmp_path, port=free_port(), num_steps=300, save_every=50)
     settings = ["tracking.uri=off", 'embed.resources.label_selector={"zone"="far"}']
     words = [word for one in settings for word in ("--set", one)]
     process = start_unclip("run", str(path), "--until", "embed", "--address", cluster.address, *words)
