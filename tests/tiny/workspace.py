@@ -87,13 +87,13 @@ def finish_workspace(recipe: Recipe, samples: Iterable[Sample], suffix: str) -> 
         outputs[name].commit(manifest_of(step, outputs[name]))
 
 
-def finish_download(recipe: Recipe, *, num_shards: int = 4, num_rows: int = 12) -> None:
-    """Commit the list of pairs, without a file of it, and the download, in shards of some rows."""
+def finish_download(recipe: Recipe) -> None:
+    """Commit the list of pairs, without a file of it, and the download: all that an upsampler is trained on."""
     steps = {step.name: step for step in make_plan(recipe)}
     for name in ("pairs", "download"):
         output = artifact_of(Workspace(recipe.workspace), steps[name])
         if name == "download":
-            write_download(Path(output.uri), num_shards=num_shards, num_rows=num_rows)
+            write_download(Path(output.uri), num_shards=4)
         output.commit(manifest_of(steps[name], output))
 
 
