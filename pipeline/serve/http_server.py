@@ -1,6 +1,5 @@
 """The socket of a server, the thread that answers on it, and the end of connections that stand still."""
 
-import asyncio
 import ipaddress
 import socket
 import threading
@@ -8,8 +7,9 @@ import time
 import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
+from http import HTTPStatus
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -25,6 +25,10 @@ _LONGEST_STILL_S = 70.0
 """How long a client may take nothing of its answer, or send no request; above uvicorn's own time between requests."""
 _LOOK_EVERY_TICKS = 10
 """Of uvicorn, ten a second."""
+_MAX_HEAD_BYTES = 1 << 16
+_MAX_HEAD_FIELDS = 128
+"""Apache's limit is 100."""
+_UVICORN = cast("Any", AutoHTTPProtocol)
 
 
 class HttpServer:
@@ -39,7 +43,7 @@ class HttpServer:
         self._socket = listener
         config = uvicorn.Config(
             app,
-            http=_protocol(),
+            http=_BoundedProtocol if hasattr(_UVICORN, "on_headers_complete") else _Protocol,  # h11 has its own bound
             log_config=None,
             log_level="critical",  # the gate logs what fails
             access_log=False,
@@ -66,18 +70,74 @@ class HttpServer:
         self._socket.close()
 
 
-def _protocol() -> type[asyncio.Protocol]:
+class _Protocol(_UVICORN):
     """Uvicorn's protocol, which would answer in plain text what it cannot read."""
 
-    def send_400_response(connection: Any, _message: str) -> None:
-        error = ApiError(400, "this is no HTTP request that can be read", code="invalid_request").response()
-        add_headers(error.headers, uuid.uuid4().hex)
-        error.headers["Connection"] = "close"
-        lines = (b"%b: %b\r\n" % header for header in error.raw_headers)
-        connection.transport.write(b"HTTP/1.1 400 Bad Request\r\n%b\r\n%b" % (b"".join(lines), error.body))
-        connection.transport.close()
+    def send_400_response(self, _message: str) -> None:
+        """Called by uvicorn."""
+        self._refuse(ApiError(400, "this is no HTTP request that can be read", code="invalid_request"))
 
-    return type("Protocol", (AutoHTTPProtocol,), {"send_400_response": send_400_response})
+    def _refuse(self, error: ApiError) -> None:
+        """Answer, and end the connection."""
+        answer = error.response()
+        add_headers(answer.headers, uuid.uuid4().hex)
+        answer.headers["Connection"] = "close"
+        lines = b"".join(b"%b: %b\r\n" % header for header in answer.raw_headers)
+        status = f"{error.status} {HTTPStatus(error.status).phrase}".encode()
+        self.transport.write(b"HTTP/1.1 %b\r\n%b\r\n%b" % (status, lines, answer.body))
+        self.transport.close()
+
+
+class _BoundedProtocol(_Protocol):
+    """A protocol with a bound for the head of a request, and for the fields behind a body in chunks.
+
+    Neither the parser nor uvicorn has one: the parser copies an unfinished field with each piece of it that comes, and
+    uvicorn keeps all fields that are whole, before the guards see the request.
+    """
+
+    _num_bytes = 0
+    """Bytes that have come since the last head was whole, or a piece of its body came."""
+    _is_too_large = False
+
+    def data_received(self, data: bytes) -> None:
+        """Called by the transport."""
+        if self.transport.is_closing():
+            return
+        self._num_bytes += len(data)
+        super().data_received(data)
+        if self._num_bytes > _MAX_HEAD_BYTES and not self.transport.is_closing():
+            self._is_too_large = True
+            self.send_400_response("")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Called by the parser, for the fields behind a body, too."""
+        self._require(len(self.headers) < _MAX_HEAD_FIELDS)
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """Called by the parser."""
+        self._require(len(self.url) + sum(len(name) + len(value) for name, value in self.headers) <= _MAX_HEAD_BYTES)
+        super().on_headers_complete()
+        self._num_bytes = 0
+
+    def on_body(self, body: bytes) -> None:
+        """Called by the parser."""
+        super().on_body(body)
+        self._num_bytes = 0
+
+    def send_400_response(self, _message: str) -> None:
+        """Called by uvicorn, also for what the parser's callbacks refuse."""
+        if self._is_too_large:
+            message = f"the head of the request is above {_MAX_HEAD_BYTES} bytes or {_MAX_HEAD_FIELDS} fields"
+            self._refuse(ApiError(431, message, code="head_too_large"))
+        else:
+            super().send_400_response(_message)
+
+    def _require(self, is_small: bool) -> None:
+        """End the parser's work on a head that is too large."""
+        if not is_small:
+            self._is_too_large = True
+            raise ValueError  # the parser passes it on to uvicorn as one of its own errors
 
 
 class _Server(uvicorn.Server):

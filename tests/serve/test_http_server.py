@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import Receive, Scope, Send
 
@@ -21,6 +22,8 @@ _NUM_BYTES = 32 << 20
 
 async def _app(scope: Scope, receive: Receive, send: Send) -> None:
     answer = Response(b"x" * _NUM_BYTES) if scope["path"] == "/large" else PlainTextResponse("here")
+    if scope["path"] == "/length":
+        answer = PlainTextResponse(str(len(await Request(scope, receive).body())))
     await answer(scope, receive, send)
 
 
@@ -87,9 +90,7 @@ def test_an_answer_that_is_not_read_is_given_up_and_one_that_is_read_slowly_is_n
 @pytest.mark.parametrize("request_", [b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: x\r\n\r\n"])
 def test_what_is_no_http_is_refused_in_the_form_of_the_api(server: HttpServer, request_: bytes) -> None:
     with _connected(server, request_) as link:
-        answer = b""
-        while received := link.recv(4096):  # until the connection is ended
-            answer += received
+        answer = _received(link)
     head, _, body = answer.partition(b"\r\n\r\n")
     status, *lines = head.decode().splitlines()
     headers = dict(line.lower().split(": ", 1) for line in lines)
@@ -98,3 +99,64 @@ def test_what_is_no_http_is_refused_in_the_form_of_the_api(server: HttpServer, r
     assert (headers["content-type"], headers["content-length"]) == ("application/json", str(len(body)))
     assert (headers["x-frame-options"], headers["x-content-type-options"]) == ("deny", "nosniff")
     assert headers["x-request-id"]
+
+
+def _received(link: socket.socket) -> bytes:
+    """All that comes until the connection is ended."""
+    answer = b""
+    while received := link.recv(4096):
+        answer += received
+    return answer
+
+
+_LINE = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
+_FULL = http_server._MAX_HEAD_BYTES
+"""Bytes; those of a request that is refused as a whole are all read, so its client sees the answer."""
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        _LINE + b"X: " + b"a" * (_FULL - len(_LINE) - 2),
+        _LINE + b"X: b\r\n" * http_server._MAX_HEAD_FIELDS + b"X",
+        b"GET /" + b"a" * (_FULL - 4),
+        _LINE + b"X: " + b"a" * _FULL + b"\r\n\r\n",
+    ],
+    ids=["field", "fields", "path", "whole"],
+)
+def test_a_head_has_an_end(server: HttpServer, request_: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_server, "_LONGEST_STILL_S", 20.0)
+    with _connected(server, request_) as link:
+        head, _, body = _received(link).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 431 Request Header Fields Too Large")
+    assert json.loads(body)["error"]["code"] == "head_too_large"
+    with _connected(server, _get("/")) as link:
+        assert b"here" in link.recv(4096)
+
+
+@pytest.mark.parametrize("fields", [b"X: b\r\n" * http_server._MAX_HEAD_FIELDS, b"X: " + b"a" * _FULL])
+def test_what_follows_a_body_in_chunks_has_an_end(
+    server: HttpServer, fields: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_server, "_LONGEST_STILL_S", 20.0)
+    head = b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with _connected(server, head + b"1\r\na\r\n0\r\n") as link:
+        assert b"here" in link.recv(4096)
+        link.sendall(fields)
+        assert b"head_too_large" in _received(link)
+
+
+def test_a_bound_of_heads_is_none_of_bodies_and_of_connections(server: HttpServer) -> None:
+    field = b"X: " + b"a" * (_FULL - 200) + b"\r\n"
+    chunks = b"Transfer-Encoding: chunked\r\n\r\n" + b"1000\r\n" + b"a" * 4096 + b"\r\n" + b"1\r\na\r\n" * 20_000
+    posts = {
+        b"Content-Length: 3000000\r\n\r\n" + b"a" * 3_000_000: b"3000000",
+        chunks + b"0\r\n\r\n": b"24096",
+    }
+    with _connected(server, b"") as link:
+        for rest, length in posts.items():
+            for _ in range(3):
+                link.sendall(b"POST /length HTTP/1.1\r\nHost: localhost\r\n" + field + rest)
+                assert length in link.recv(4096)
+                link.sendall(_LINE + field + b"\r\n")
+                assert b"here" in link.recv(4096)
