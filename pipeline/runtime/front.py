@@ -47,7 +47,6 @@ class Front:
         http_metrics: Callable[[], Awaitable[dict[str, str]]] | None = None,
         before: "Front | None" = None,
     ) -> None:
-        self.gate = Gate()
         self.meter = before.meter if before else Meter()
         self._http_metrics = http_metrics
         self.metrics = before.metrics if before else HttpMetrics()
@@ -56,6 +55,7 @@ class Front:
         if config.provenance:
             Signer.read(Path(config.provenance))  # what cannot be read is said before anything starts
         self.keys = KeyRing(Path(config.keys)) if config.keys else None
+        self.gate = Gate(self.keys)
         settings = GuardSettings(config.hosts, config.access_log, config.log_prompts)
         spans = self.metrics.spans if config.traces else None
         self._traces = open_traces(config.traces, config.name, spans)

@@ -2,6 +2,7 @@
 
 GET /livez   200 while the process answers at all
 GET /readyz  200 while pictures can be requested, with a note of what is amiss, if anything is; else 503 with the reason
+             (nor can they while the server's keys cannot be read)
 """
 
 import logging
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from pipeline.errors import ConfigError
+from pipeline.serve.keys import KeyRing
 from pipeline.serve.web import ApiError
 
 _log = logging.getLogger(__name__)
@@ -30,9 +33,14 @@ class _Probe:
 
 
 class Gate:
-    """An ASGI application that passes requests on while it is open, and answers 503 with the reason while it is not."""
+    """An ASGI application that passes requests on while it is open, and answers 503 with the reason while it is not.
 
-    def __init__(self) -> None:
+    Args:
+        keys: Those that the guards before it ask for; None: they ask for none.
+    """
+
+    def __init__(self, keys: KeyRing | None = None) -> None:
+        self._keys = keys
         self._app: ASGIApp | None = None
         self._reason = "the server starts"
         self.note = ""
@@ -97,9 +105,17 @@ class Gate:
         elif self._reason or self._app is None:
             await _refusal(self._reason)(scope, receive, send)
         elif path == "/readyz":
-            await JSONResponse({"status": "ok"} | ({"note": self.note} if self.note else {}))(scope, receive, send)
+            await self._readiness()(scope, receive, send)
         else:
             await self._pass_on(self._app, scope, receive, send)
+
+    def _readiness(self) -> JSONResponse:
+        try:
+            notes = [self.note, self._keys.look() if self._keys else ""]
+        except ConfigError as error:
+            return _refusal(str(error))
+        note = "; ".join(filter(None, notes))
+        return JSONResponse({"status": "ok"} | ({"note": note} if note else {}))
 
     async def _pass_on(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
         self._count(app, 1)

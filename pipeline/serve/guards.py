@@ -186,7 +186,7 @@ class Guards:
         try:
             key = self.keys.find(secret.strip()) if self.keys and kind.lower() == "bearer" else None
         except ConfigError as error:
-            raise ApiError(503, str(error), code="no_keys") from None
+            raise ApiError(503, f"{error}; ask its operator", code="no_keys") from None
         if key is None:
             facts.refused_by = "key"
             message = "wrong API key" if header else "no API key: send the header Authorization: Bearer KEY"

@@ -6,6 +6,7 @@ random bits, so a plain digest is enough: nobody can guess what it is of.
 
 import hashlib
 import json
+import logging
 import os
 import secrets
 import stat
@@ -14,12 +15,12 @@ import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, cast, get_args
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from pipeline.errors import ConfigError
 from pipeline.workspace.lock import locked
@@ -29,28 +30,37 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 Unit = Literal["requests", "pixels", "bytes"]
 Uses = dict[tuple[str, Unit], float]
 """Amounts by the digest of a key and the unit."""
+Limit = Annotated[int, Field(ge=0)]
+UNREADABLE = "the server's keys cannot be read"
+"""For whoever asks; the log says more."""
 _PREFIX = "unclip-"
 _MINUTE_S = 60.0
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Key:
     """What the file says of a key."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")  # a limit with a wrong name would be none
     name: str
     """Whose it is; stands in the access log."""
     sha256: str
     """Digest of the key, in hexadecimal."""
     scopes: tuple[Scope, ...] = SCOPES
     """What it opens."""
-    requests: int = 0
+    requests: Limit = 0
     """Most requests a minute; 0: no limit."""
-    pixels: int = 0
+    pixels: Limit = 0
     """Most pixels of pictures a minute; 0: no limit."""
-    bytes: int = 0
+    bytes: Limit = 0
     """Most bytes of bodies, received and sent, a minute; 0: no limit."""
     created: str = ""
     """UTC, ISO 8601."""
+
+
+_KEY, _ROWS = TypeAdapter(Key), TypeAdapter(list[Any])
 
 
 def add_key(path: Path, name: str, scopes: Sequence[Scope] = SCOPES, **limits: int) -> str:
@@ -100,14 +110,60 @@ def read_keys(path: Path) -> list[Key]:
     """The keys of a file.
 
     Raises:
+        ConfigError: If it is not there, or not such a file, or a key has an unknown word or a wrong number.
+    """
+    keys, mistakes = _read(path)
+    if mistakes:
+        raise ConfigError("; ".join(mistake.message for mistake in mistakes))
+    return keys
+
+
+@dataclass(frozen=True)
+class _Mistake:
+    """A key in the file that is not what it should be."""
+
+    sha256: Any
+    """As the file has it."""
+    message: str
+    """Names the file, the key and the word."""
+
+
+def _read(path: Path) -> tuple[list[Key], list[_Mistake]]:
+    """The keys of a file that are right, and those that are not.
+
+    Raises:
         ConfigError: If it is not there, or not such a file.
     """
     try:
-        return TypeAdapter(list[Key]).validate_python(json.loads(path.read_bytes())["keys"])
+        rows = _ROWS.validate_python(json.loads(path.read_bytes())["keys"])
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file of keys; first: unclip keys add {path} NAME") from None
-    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: not a file of keys, as `unclip keys` writes it ({type(error).__name__})") from None
+    keys, mistakes = list[Key](), list[_Mistake]()
+    for number, row in enumerate(rows, 1):
+        try:
+            keys.append(_KEY.validate_python(row))
+        except ValidationError as error:
+            words = cast("dict[str, Any]", row) if isinstance(row, dict) else {}
+            which = f"the key {words['name']!r}" if words.get("name") else f"key number {number}"
+            mistakes.append(_Mistake(words.get("sha256"), f"{path}: {which}: {_reason(error)}"))
+    return keys, mistakes
+
+
+def _reason(error: ValidationError) -> str:
+    """What is wrong with a key, with the value where that cannot be a secret."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    word, value = str(first["loc"][0]) if first["loc"] else "", first["input"]
+    match first["type"]:
+        case "unexpected_keyword_argument":
+            return f"unknown word {word!r}; one of {', '.join(one.name for one in fields(Key))}"
+        case "literal_error":
+            return f"{word}: {value!r} is none of {', '.join(SCOPES)}"
+        case "greater_than_equal":
+            return f"{word}: {value} is below 0, which is no limit"
+        case _:
+            return f"{word}: {first['msg']}" if word else "not an object"
 
 
 def digest_of(secret: str) -> str:
@@ -155,33 +211,64 @@ def _write(path: Path, keys: Sequence[Key]) -> None:
 class KeyRing:
     """The keys of a file, read again when it changes.
 
+    A key that is wrong then holds as it was, and all others as they are now. What is amiss is said once in the log.
+
     Args:
         path: The file.
 
     Raises:
-        ConfigError: If it is not there, or not such a file.
+        ConfigError: As ``read_keys``.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._stamp = self._stamp_of_file()
+        self._stamp: tuple[int, ...] | None = self._stamp_of_file()
         self._keys = {key.sha256: key for key in read_keys(path)}
+        self._logged = ""
+        """What is amiss, as the log says it; empty: nothing."""
 
-    def find(self, secret: str) -> Key | None:
-        """The key that a client sends; None if there is none, or it was revoked.
+    def look(self) -> str:
+        """Read the file again if it has changed.
+
+        Returns:
+            What is amiss although the server has keys, for whoever asks; empty: nothing.
 
         Raises:
             ConfigError: If the file cannot be read any more: then nobody comes in.
         """
         stamp = self._stamp_of_file()
         if stamp != self._stamp:
-            self._keys = {key.sha256: key for key in read_keys(self._path)}
-            self._stamp = stamp
+            try:
+                keys, mistakes = _read(self._path)
+            except ConfigError as error:
+                self._stamp = None  # the same file may come back
+                self._say(f"{error}; until it can be read, requests are refused")
+                raise ConfigError(UNREADABLE) from None
+            before, self._stamp = self._keys, stamp
+            self._keys = {key.sha256: key for key in keys}
+            for one in mistakes:
+                if isinstance(one.sha256, str) and one.sha256 in before:
+                    self._keys.setdefault(one.sha256, before[one.sha256])
+            amiss = "; ".join(one.message for one in mistakes)
+            self._say(f"{amiss} - until that is mended, such a key holds as it was read before" if amiss else "")
+        return "a change of the server's keys has a mistake and does not hold" if self._logged else ""
+
+    def find(self, secret: str) -> Key | None:
+        """The key that a client sends; None if there is none, or it was revoked; raises as ``look``."""
+        self.look()
         return self._keys.get(digest_of(secret))
 
     def of_digest(self, sha256: str) -> Key | None:
         """The key with a digest, as the file was when it was read last."""
         return self._keys.get(sha256)
+
+    def _say(self, amiss: str) -> None:
+        """Log what is amiss, or that nothing is any more."""
+        if amiss and amiss != self._logged:
+            _log.error("serve.keys: %s", amiss)
+        elif self._logged and not amiss:
+            _log.warning("serve.keys: %s is read again", self._path)
+        self._logged = amiss
 
     def _stamp_of_file(self) -> tuple[int, ...]:
         try:

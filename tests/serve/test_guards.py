@@ -18,6 +18,7 @@ from models.request import SampleRequest
 from pipeline.errors import ConfigError, StepError
 from pipeline.recipe.picture_card import ModelCard
 from pipeline.serve.api import ApiSettings, create_app
+from pipeline.serve.gate import Gate
 from pipeline.serve.guarded_model import GuardedModel, load_hook
 from pipeline.serve.guards import Guards, GuardSettings
 from pipeline.serve.keys import Key, KeyRing, Meter, add_key, read_keys, revoke_key
@@ -91,8 +92,110 @@ def test_keys_open_what_their_scopes_name_until_they_are_revoked(keys: Path) -> 
     assert client_of(app, search).get("/indices-list").status_code == 200
     revoke_key(keys, "alice")
     assert ask(app, both).status_code == 401
-    keys.write_text("{}")
-    assert ask(app, search).status_code == 503  # nobody comes in by a file that cannot be read
+
+
+def key_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the log says of keys since the last call."""
+    lines = [record.getMessage() for record in caplog.records if "serve.keys" in record.getMessage()]
+    caplog.clear()
+    return lines
+
+
+def test_nobody_comes_in_while_the_keys_cannot_be_read_and_all_are_told(
+    keys: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    secret = add_key(keys, "alice")
+    ring, good = KeyRing(keys), keys.read_text()
+    gate = Gate(ring)
+    gate.open(guarded().app)
+    app = Guards(gate, keys=ring)
+    for spoil in (keys.unlink, lambda: keys.write_text("{}"), lambda: keys.write_text('{"keys": 5}')):
+        spoil()
+        for key in (secret, "wrong"):
+            refused = ask(app, key)
+            assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_keys")
+            assert refused.json()["error"]["message"] == "the server's keys cannot be read; ask its operator"
+        unready = client_of(app).get("/readyz")
+        assert (unready.status_code, unready.json()["error"]["code"]) == (503, "not_ready")
+        assert str(keys.parent) not in unready.text
+        assert client_of(app).get("/livez").status_code == 200
+        [line] = key_lines(caplog)
+        assert str(keys) in line
+        keys.write_text(good)
+        assert client_of(app).get("/readyz").json() == {"status": "ok"}
+        assert ask(app, secret).status_code == 200
+        assert key_lines(caplog) == [f"serve.keys: {keys} is read again"]
+    aside = keys.rename(keys.with_name("aside"))
+    assert ask(app, secret).status_code == 503
+    aside.rename(keys)  # with the same inode and time
+    assert ask(app, secret).status_code == 200
+    assert len(key_lines(caplog)) == 2
+
+
+WRONG_WORDS = [
+    ({"request": 5}, "unknown word 'request'; one of name, sha256, scopes, requests, pixels, bytes, created"),
+    ({"scope": ["images"]}, "unknown word 'scope'; one of name"),
+    ({"scopes": ["images", "serach"]}, "scopes: 'serach' is none of images, search, metrics"),
+    ({"scopes": "images"}, "scopes: Input should be a valid tuple"),
+    ({"requests": -1}, "requests: -1 is below 0"),
+    ({"pixels": -1}, "pixels: -1 is below 0"),
+    ({"bytes": -1}, "bytes: -1 is below 0"),
+    ({"pixels": "many"}, "pixels: Input should be a valid integer"),
+]
+
+
+def with_row(keys: Path, words: dict[str, Any]) -> bytes:
+    """The file with these words for its first key."""
+    rows = json.loads(keys.read_text())["keys"]
+    return json.dumps({"keys": [rows[0] | words, *rows[1:]]}).encode()
+
+
+@pytest.mark.parametrize(("words", "reason"), WRONG_WORDS, ids=[reason[:20] for _, reason in WRONG_WORDS])
+def test_a_wrong_word_in_the_file_of_keys_is_refused(keys: Path, words: dict[str, Any], reason: str) -> None:
+    add_key(keys, "alice"), add_key(keys, "bob")
+    wrong = with_row(keys, words)
+    keys.write_bytes(wrong)
+    for act in (lambda: KeyRing(keys), lambda: add_key(keys, "carol"), lambda: revoke_key(keys, "bob")):
+        with pytest.raises(ConfigError) as error:
+            act()
+        assert str(error.value).startswith(f"{keys}: the key 'alice': {reason}")
+    assert keys.read_bytes() == wrong
+
+
+def test_a_row_without_a_name_or_words_is_named_by_its_number(keys: Path) -> None:
+    keys.write_text('{"keys": [{"sha256": "a"}, 5]}')
+    with pytest.raises(ConfigError, match=r"key number 1: name: Field required; .*key number 2: not an object"):
+        read_keys(keys)
+
+
+@pytest.mark.parametrize(("words", "reason"), WRONG_WORDS, ids=[reason[:20] for _, reason in WRONG_WORDS])
+def test_a_wrong_word_while_serving_leaves_a_key_as_it_was_and_the_others_as_they_are(
+    keys: Path, words: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    alice, bob = add_key(keys, "alice", ["search"], requests=3), add_key(keys, "bob")
+    ring = KeyRing(keys)
+    gate = Gate(ring)
+    gate.open(guarded().app)
+    app = Guards(gate, keys=ring, meter=Meter(clock=lambda: 0.0))
+    rows = json.loads(with_row(keys, words))["keys"]
+    revoke_key(keys, "bob")
+    carol = add_key(keys, "carol")
+    [_, new] = json.loads(keys.read_text())["keys"]
+    keys.write_text(json.dumps({"keys": [rows[0], new, new | {"name": "dave", "sha256": "0", "pixel": 1}]}))
+    assert [ask(app, key).status_code for key in (alice, bob, carol)] == [403, 401, 200]
+    asked = client_of(app, alice).get("/indices-list")
+    assert (asked.status_code, asked.headers["x-ratelimit-limit-requests"]) == (200, "3")
+    assert client_of(app).get("/readyz").json() == {
+        "status": "ok",
+        "note": "a change of the server's keys has a mistake and does not hold",
+    }
+    [line] = key_lines(caplog)
+    assert f"{keys}: the key 'alice': {reason}" in line
+    assert f"{keys}: the key 'dave': unknown word 'pixel'" in line
+    keys.write_text(json.dumps({"keys": [new]}))
+    assert ask(app, alice).status_code == 401
+    assert client_of(app).get("/readyz").json() == {"status": "ok"}
+    assert key_lines(caplog) == [f"serve.keys: {keys} is read again"]
 
 
 def test_the_file_holds_no_key_and_nobody_else_may_read_it(keys: Path) -> None:
