@@ -2,7 +2,7 @@
 
 Each process counts by itself and answers at once. Every half second it says what keys have used since its start, and
 hears it of the others. So a key may go above a limit by what it uses elsewhere within half a second, and a process that
-starts later begins as if nothing had been used.
+starts later begins as if nothing had been used: what others had used when it first heard of them may be of hours ago.
 """
 
 import logging
@@ -50,8 +50,8 @@ class Exchange:
         self._ledger, self._meter = ledger, meter
         self.keys = keys
         self._who = uuid.uuid4().hex
-        self._heard: dict[str, Uses] | None = None
-        """What each of the others has used, by process; None before they were heard first."""
+        self._heard = dict[str, Uses]()
+        """What each of the others has used, by process."""
         self._closed = threading.Event()
         threading.Thread(target=self._run, name="unclip-ledger", daemon=True).start()
 
@@ -60,8 +60,9 @@ class Exchange:
         self._closed.set()
 
     def _run(self) -> None:
-        is_failing = False
-        while not self._closed.wait(_EVERY_S):
+        is_failing, wait_s = False, 0.0  # at once: before anything is used here, for others that hear it first then
+        while not self._closed.wait(wait_s):
+            wait_s = _EVERY_S
             try:
                 others = self._ledger.exchange.remote(self._who, self._meter.uses()).result(timeout_s=_PATIENCE_S)
             except Exception as error:  # noqa: BLE001  (limits then count for each process alone, until it is back)
@@ -73,11 +74,12 @@ class Exchange:
             self.hear(others)
 
     def hear(self, others: dict[str, Uses]) -> None:
-        """Charge what other processes have used since they were heard last."""
-        if self._heard is None:  # what those have used that are older than this one may be of hours ago
-            self._heard = others
+        """Charge what other processes have used since they were heard last.
+
+        Who is heard first is charged nothing, also after others were: a ledger that is new hears them by chance.
+        """
         for who, uses in others.items():
-            before = self._heard.get(who, {})
+            before = self._heard.get(who, uses)
             for (digest, unit), amount in uses.items():
                 key = self.keys.of_digest(digest)
                 if key is not None:

@@ -89,6 +89,33 @@ def test_a_limit_holds_over_all_processes(tmp_path: Path, monkeypatch: pytest.Mo
         exchange.close()
 
 
+@pytest.fixture
+def ring(tmp_path: Path) -> KeyRing:
+    add_key(tmp_path / "keys.json", "alice", requests=10)
+    return KeyRing(tmp_path / "keys.json")
+
+
+def test_what_others_used_before_they_were_heard_is_not_charged_whenever_they_come(ring: KeyRing) -> None:
+    handle, meter = Handle(), Meter(clock=lambda: 0.0)
+    handle.is_down = True  # what it hears is said here
+    exchange = Exchange(handle, meter, ring)  # pyright: ignore[reportArgumentType]
+    [alice] = ring._keys.values()
+    rests = list[int]()
+    for used in (None, 1000, 1003, 1003, 1004):
+        exchange.hear({} if used is None else {"older": {(alice.sha256, "requests"): float(used)}})
+        rests.append(meter.rest(alice, "requests"))
+    exchange.close()
+    assert rests == [10, 10, 7, 7, 6]
+
+
+def test_a_process_is_heard_before_anything_is_used_there(ring: KeyRing, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_module, "_EVERY_S", 1000.0)
+    handle = Handle()
+    exchange = Exchange(handle, Meter(), ring)  # pyright: ignore[reportArgumentType]
+    wait_until(lambda: list(handle.ledger._uses) == [exchange._who])
+    exchange.close()
+
+
 def test_every_process_shows_what_all_of_them_measure() -> None:
     mine, other = HttpMetrics(), HttpMetrics()
     mine.note("/", 200, 0.1, "")
