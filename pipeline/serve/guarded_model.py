@@ -4,7 +4,7 @@ import asyncio
 import importlib
 import logging
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
@@ -96,12 +96,15 @@ class GuardedModel:
         """See ``PictureModel``."""
         facts, ends_s = await self._admit(request), end_of(request.timeout_s)
         events = self._model.stream(request, client, num_previews)
+        has_pictures = False
         try:
-            with self._paying_back(facts):
-                accepted = await until(ends_s, anext(events), grace_s=_GRACE_S)
-            yield accepted
-            while (event := await until(ends_s, anext(events, None), grace_s=_GRACE_S)) is not None:
+            while True:
+                with nullcontext() if has_pictures else self._paying_back(facts):
+                    event = await until(ends_s, anext(events, None), grace_s=_GRACE_S)
+                if event is None:
+                    break
                 if isinstance(event, SampledPictures):
+                    has_pictures = True
                     yield await self._checked(event, request, facts)
                 elif isinstance(event, Preview):
                     [image] = await self._images(event.image[None], request.shows, facts)
@@ -132,7 +135,7 @@ class GuardedModel:
 
     @contextmanager
     def _paying_back(self, facts: RequestFacts) -> Generator[None]:
-        """A key pays nothing for pictures that the networks refuse to sample."""
+        """A key pays nothing for pictures that the networks refuse to sample, or cannot finish."""
         try:
             yield
         except (Overloaded, NotServing, ValueError) as error:

@@ -1,6 +1,7 @@
 import base64
 import json
 import os
+import resource
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from pipeline.recipe.picture_card import ModelCard
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.gate import Gate
 from pipeline.serve.guarded_model import GuardedModel, load_hook
-from pipeline.serve.guards import Guards, GuardSettings
+from pipeline.serve.guards import AccessLog, Guards, GuardSettings, RequestFacts
 from pipeline.serve.keys import Key, KeyRing, Meter, add_key, read_keys, revoke_key
 from pipeline.serve.protocols import Accepted, Images, NotServing, Overloaded, Preview, SampledPictures
 from tests.tiny.command import unclip_here
@@ -307,6 +308,34 @@ def test_a_key_pays_no_pixels_for_pictures_that_are_refused(keys: Path, stream: 
     assert [ask(app, key, stream=stream).status_code for _ in range(5)] == [400, 503, 429, 200, 429]
 
 
+class FailingModel(WhiteModel):
+    """Networks that accept a stream and then fail, before its pictures or after them."""
+
+    def __init__(self, error: Exception, has_pictures: bool) -> None:
+        self.error = error
+        self.has_pictures = has_pictures
+
+    async def stream(self, request: SampleRequest, _client: str = "", _num_previews: int = 0) -> Any:
+        yield Accepted()
+        yield Preview(0, 0, np.full((16, 16, 3), 255, np.uint8))
+        if self.has_pictures:
+            yield await self.sample(request)
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [NotServing("gone"), Overloaded("full"), ValueError("no such edit")])
+@pytest.mark.parametrize("has_pictures", [False, True])
+def test_a_key_pays_for_a_stream_that_fails_only_if_its_pictures_came(
+    keys: Path, error: Exception, has_pictures: bool
+) -> None:
+    key = add_key(keys, "alice", pixels=16 * 16)
+    app = guarded(keys=keys, model=FailingModel(error, has_pictures))
+    answer = ask(app, key, stream=True, partial_images=1)
+    assert (answer.status_code, "event: error" in answer.text) == (200, True)
+    assert ("completed" in answer.text) == has_pictures
+    assert ask(app, key).status_code == (429 if has_pictures else 200)
+
+
 class ReducingModel(WhiteModel):
     """Networks with the training embeddings, which notes what it is asked for."""
 
@@ -459,6 +488,31 @@ def test_a_log_that_cannot_be_written_ends_no_request_and_its_lines_are_counted(
     lost, back = (record.getMessage() for record in caplog.records if "access_log" in record.getMessage())
     assert "cannot be written: Is a directory" in lost
     assert back.endswith("lines left out: 3")
+
+
+def test_what_a_full_disk_has_cut_off_is_no_part_of_the_next_line(tmp_path: Path) -> None:
+    file = tmp_path / "access.jsonl"
+    scope = {"client": ("10.0.0.1", 1), "method": "GET", "path": "/"}
+
+    def write(number: int) -> None:
+        log.write(scope, RequestFacts(str(number)), 200, 0.1)
+
+    log = AccessLog(GuardSettings(access_log=str(file)))
+    write(1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 40, limits[1]))
+    try:
+        write(2), write(3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    write(4), write(5)
+    first, half, *rest = file.read_text().splitlines()
+    assert len(half) == 40
+    file.write_text("\n".join([first, half]))
+    log = AccessLog(GuardSettings(access_log=str(file)))  # as after a start on a disk that was full
+    write(6)
+    rest += file.read_text().splitlines()[2:]
+    assert [json.loads(line)["request_id"] for line in (first, *rest)] == ["1", "4", "5", "6"]
 
 
 def refuse_rude_and_bright(prompt: str, image: Images | None) -> str | None:
