@@ -8,6 +8,7 @@ import contextlib
 import ipaddress
 import json
 import logging
+import os
 import time
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -298,7 +299,7 @@ class AccessLog:
         """Lines since the file could last be written."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._append("")
+            self._append(self._beginning())
         except OSError as error:
             raise ConfigError(f"serve.access_log: {self._path} cannot be written: {error.strerror}") from None
 
@@ -323,7 +324,7 @@ class AccessLog:
         if self._prompts:
             line["prompt"] = facts.prompt
         try:
-            self._append(json.dumps(line) + "\n")
+            self._append((self._beginning() if self._num_lost else "") + json.dumps(line) + "\n")
         except OSError as error:  # a full disk, for example: requests are answered all the same
             if not self._num_lost:
                 _log.error(
@@ -334,6 +335,15 @@ class AccessLog:
         if self._num_lost:
             _log.warning("serve.access_log: %s is written again; lines left out: %d", self._path, self._num_lost)
             self._num_lost = 0
+
+    def _beginning(self) -> str:
+        """What ends a line that a full disk has cut off."""
+        with contextlib.suppress(OSError):  # a file that can be written, but not read
+            if self._path.is_file() and self._path.stat().st_size:
+                with self._path.open("rb") as file:
+                    file.seek(-1, os.SEEK_END)
+                    return "" if file.read() == b"\n" else "\n"
+        return ""
 
     def _append(self, text: str) -> None:
         with self._path.open("a", encoding="utf-8") as file:  # opened anew each time, so that it can be rotated
