@@ -18,6 +18,7 @@ from models.request import Edit, Interpolation, PcaReconstruction, TextDiff, is_
 from pipeline.errors import DataError, StepError
 from pipeline.recipe.picture_card import ModelCard, made_with
 from pipeline.serve.deadlines import beside, end_of, until
+from pipeline.serve.guards import opens
 from pipeline.serve.images import PictureOptions, check_options, note_of_cut, sample_request, side_of
 from pipeline.serve.picture_files import Format, encode_picture
 from pipeline.serve.protocols import (
@@ -84,8 +85,11 @@ class Generation:
         if body.neighbours and index is None:
             message = "neighbours: this server has no index of the training pictures"
             raise ApiError(400, message, param="neighbours", code="index_not_found")
-        self._index, self._encoding = index, encoding
-        self._model, self._body, self._card, self._client, self._notes = model, body, card, client, list(notes)
+        self._encoding, self._notes = encoding, list(notes)
+        self._model, self._body, self._card, self._client = model, body, card, client
+        self._index = index if opens("search") else None
+        if body.neighbours and self._index is None:
+            self._notes.append("neighbours: left out, because this key lacks the scope 'search'")
         self._cut_notes, self._created = list[str](), int(time.time())
         self.side_px = side_of(body.size, card.image_px)
         request = sample_request(body, self.side_px, card, edit)

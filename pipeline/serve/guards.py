@@ -262,6 +262,12 @@ def client_of(request: Request) -> str:
     return request.client.host if request.client else ""
 
 
+def opens(scope: KeyScope) -> bool:
+    """Whether the key of the request that is answered now has a scope; a server without keys opens everything."""
+    facts = CURRENT.get()
+    return facts is None or facts.key is None or scope in facts.key.scopes
+
+
 def note_pixels(count: int) -> None:
     """Note of the request that is answered now how many pixels it asks for at least."""
     facts = CURRENT.get()

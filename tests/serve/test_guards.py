@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import AsyncMock, Mock
 
 import numpy as np
 import pytest
@@ -22,8 +22,8 @@ from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.gate import Gate
 from pipeline.serve.guarded_model import GuardedModel, load_hook
 from pipeline.serve.guards import AccessLog, Guards, GuardSettings, RequestFacts
-from pipeline.serve.keys import Key, KeyRing, Meter, add_key, read_keys, revoke_key
-from pipeline.serve.protocols import Accepted, Images, NotServing, Overloaded, Preview, SampledPictures
+from pipeline.serve.keys import Key, KeyRing, Meter, Scope, add_key, read_keys, revoke_key
+from pipeline.serve.protocols import Accepted, Images, NeighbourRow, NotServing, Overloaded, Preview, SampledPictures
 from tests.tiny.command import unclip_here
 from tests.tiny.shards import pixels, plain_picture
 
@@ -306,6 +306,30 @@ def test_a_key_pays_no_pixels_for_pictures_that_are_refused(keys: Path, stream: 
     key = add_key(keys, "alice", pixels=16 * 16)
     app = guarded(keys=keys, model=RefusingModel())
     assert [ask(app, key, stream=stream).status_code for _ in range(5)] == [400, 503, 429, 200, 429]
+
+
+class NearModel(WhiteModel):
+    """Networks that also embed pictures."""
+
+    async def embed_image(self, _image: Images) -> Any:
+        return np.eye(4)[0]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_neighbours_need_the_scope_of_a_search(keys: Path, stream: bool) -> None:
+    row = NeighbourRow(7, 0.5, {"uid": "u", "url": "http://data", "caption": "a caption", "split": "train"})
+    index = Mock(search=AsyncMock(return_value=[[row]]), near_copy=AsyncMock(return_value=None))
+    scopes: list[list[Scope]] = [["images"], ["images", "search"]]
+    without, both = (add_key(keys, str(number), opens) for number, opens in enumerate(scopes))
+    for app in (guarded(keys=keys, model=NearModel(), index=index), guarded(model=NearModel(), index=index)):
+        index.search.reset_mock()
+        answers = [ask(app, key, neighbours=1, stream=stream) for key in (without, both)]
+        assert [answer.status_code for answer in answers] == [200, 200]
+        has_neighbours = ["a caption" in answer.text for answer in answers]
+        assert has_neighbours == [app.keys is None, True]
+        assert ["lacks the scope 'search'" in answer.text for answer in answers] == [app.keys is not None, False]
+        assert index.search.await_count == sum(has_neighbours)
+    assert "scope" not in ask(guarded(keys=keys, index=index), without).text
 
 
 class FailingModel(WhiteModel):
