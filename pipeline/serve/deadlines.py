@@ -83,20 +83,25 @@ def read_error(task: asyncio.Future[Any]) -> None:
         task.exception()
 
 
-async def while_wanted(work: Callable[[Callable[[], None]], T]) -> T:
-    """Run ``work`` in a thread, which can end early.
+async def while_wanted(work: Callable[[Callable[[], None]], T], threads: ThreadPoolExecutor = _THREADS) -> T:
+    """Run ``work`` in a thread, which can end early; it does not begin if nobody waits for it.
 
     Args:
         work: Gets a function to call between its parts. Once this coroutine is cancelled, that raises ``NotWanted``,
-            which ends the thread.
+            which ends the work.
+        threads: Those that do it.
     """
-    has_left = threading.Event()
+    has_left, job = threading.Event(), [work]
 
     def check() -> None:
         if has_left.is_set():
             raise NotWanted
 
+    def run() -> T:
+        return job.pop()(check)
+
     try:
-        return await asyncio.wrap_future(_THREADS.submit(work, check))
+        return await asyncio.wrap_future(threads.submit(run))
     finally:
         has_left.set()
+        job.clear()  # what is cancelled lies in the queue until its turn comes, and would keep its pictures so long

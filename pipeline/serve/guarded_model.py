@@ -1,9 +1,9 @@
 """The networks behind their guards: pixels are counted, and a safety hook may refuse a prompt or blank a picture."""
 
-import asyncio
 import importlib
 import logging
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, cast
@@ -12,7 +12,7 @@ import numpy as np
 
 from models.request import SampleRequest
 from pipeline.errors import ConfigError
-from pipeline.serve.deadlines import end_of, until
+from pipeline.serve.deadlines import end_of, left_of, until, while_wanted
 from pipeline.serve.guards import CURRENT, RequestFacts, refuse_above
 from pipeline.serve.keys import Meter
 from pipeline.serve.protocols import (
@@ -37,8 +37,11 @@ SafetyHook = Callable[[str, Images | None], str | None]
 """(prompt, picture) -> the reason to refuse it, or None.
 
 It is called with the prompt alone before pictures are sampled, and with every preview and picture, (H, W, 3), before
-it is sent; a picture that it refuses is sent black. It is called in threads, several at once.
+it is sent; a picture that it refuses is sent black. It is called in threads, several at once. What it takes is time of
+the request.
 """
+_HOOKS = ThreadPoolExecutor(8, "unclip-hook")
+"""Call the hook, which may hang: they are none of the threads that write pictures' files."""
 
 
 def load_hook(name: str) -> SafetyHook:
@@ -87,14 +90,18 @@ class GuardedModel:
 
     async def sample(self, request: SampleRequest, client: str = "") -> SampledPictures:
         """See ``PictureModel``."""
-        facts, ends_s = await self._admit(request), end_of(request.timeout_s)
+        ends_s = end_of(request.timeout_s)
+        facts = await until(ends_s, self._admit(request))
+        request = replace(request, timeout_s=left_of(ends_s))
         with self._paying_back(facts):
             sampled = await until(ends_s, self._model.sample(request, client), grace_s=_GRACE_S)
-        return await self._checked(sampled, request, facts)
+        return await until(ends_s, self._checked(sampled, request, facts))
 
     async def stream(self, request: SampleRequest, client: str = "", num_previews: int = 0) -> AsyncGenerator[Event]:
         """See ``PictureModel``."""
-        facts, ends_s = await self._admit(request), end_of(request.timeout_s)
+        ends_s = end_of(request.timeout_s)
+        facts = await until(ends_s, self._admit(request))
+        request = replace(request, timeout_s=left_of(ends_s))
         events = self._model.stream(request, client, num_previews)
         has_pictures = False
         try:
@@ -105,9 +112,9 @@ class GuardedModel:
                     break
                 if isinstance(event, SampledPictures):
                     has_pictures = True
-                    yield await self._checked(event, request, facts)
+                    yield await until(ends_s, self._checked(event, request, facts))
                 elif isinstance(event, Preview):
-                    [image] = await self._images(event.image[None], request.shows, facts)
+                    [image] = await until(ends_s, self._images(event.image[None], request.shows, facts))
                     yield replace(event, image=image)
                 else:
                     yield event
@@ -125,7 +132,8 @@ class GuardedModel:
         facts = CURRENT.get() or RequestFacts("")
         facts.prompt = request.shows
         facts.pixels = len(request.seeds) * (request.side_px or self._image_px) ** 2
-        if self._hook and (reason := await asyncio.to_thread(self._hook, request.shows, None)):
+        [reason] = await self._reasons(request.shows, [None])
+        if reason:
             facts.refused_by = "safety"
             raise ApiError(400, f"prompt: refused: {reason}", param="prompt", code="content_policy_violation")
         if facts.key:
@@ -150,13 +158,27 @@ class GuardedModel:
 
     async def _images(self, images: Images, prompt: str, facts: RequestFacts) -> Images:
         """Pictures (n, H, W, 3) with those black that the hook refuses."""
-        hook = self._hook
-        if hook is None:
+        if self._hook is None:
             return images
-        reasons = await asyncio.to_thread(lambda: [hook(prompt, image) for image in images])
+        reasons = await self._reasons(prompt, images)
         for reason in filter(None, reasons):
             _log.warning("request %s: a picture is blanked: %s", facts.request_id, reason)
         facts.blanked += sum(map(bool, reasons))
         return np.stack(
             [np.zeros_like(image) if reason else image for image, reason in zip(images, reasons, strict=True)]
         )
+
+    async def _reasons(self, prompt: str, images: Iterable[Images | None]) -> list[str | None]:
+        """What the hook says of each of these pictures, or of the prompt alone (None)."""
+        hook = self._hook
+        if hook is None:
+            return [None for _ in images]
+
+        def ask(require_wanted: Callable[[], None]) -> list[str | None]:
+            reasons = list[str | None]()
+            for image in images:
+                require_wanted()
+                reasons.append(hook(prompt, image))
+            return reasons
+
+        return await while_wanted(ask, _HOOKS)
