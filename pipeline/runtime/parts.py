@@ -96,8 +96,8 @@ def networks_options(config: ServeConfig, part: str = NETWORKS) -> dict[str, Any
             **memory,
             "label_selector": place.label_selector,
         },
-        # The engine decides how many may wait; Ray must not stop them before.
-        "max_ongoing_requests": place.max_batch_size + config.max_queued_requests + _SPARE_REQUESTS,
+        # The engine decides how many may wait, for fair shares up to twice as many; Ray must not stop them before.
+        "max_ongoing_requests": 2 * (place.max_batch_size + config.max_queued_requests) + _SPARE_REQUESTS,
         "graceful_shutdown_timeout_s": config.drain_s,
         "health_check_period_s": HEALTH_CHECK_PERIOD_S,
     }

@@ -23,6 +23,7 @@ from pipeline.runtime.parts import NEIGHBOURS
 from pipeline.runtime.replicas import Hop
 from pipeline.serve.deadlines import end_of, read_error
 from pipeline.serve.estimate import PartLoad, load_of_all
+from pipeline.serve.fair_queue import is_full
 from pipeline.serve.protocols import (
     DeadlinePassed,
     Event,
@@ -100,7 +101,7 @@ class RemoteModel:
     Args:
         handles: Of the deployments of ``ModelReplica``.
         served: Digest of the networks that answer; see ``parts.digest_of``.
-        most: Requests that may be in a chain at a time; 0: the engines decide.
+        most: Requests that may be in a chain at a time, but for ``is_full``; 0: the engines decide.
         upkeep: What is known of the replicas.
     """
 
@@ -109,7 +110,8 @@ class RemoteModel:
         self._served = served
         self._most = most
         self._upkeep = upkeep or Upkeep()
-        self._num_open = 0
+        self._open = Counter[str]()
+        """Requests under way, by client."""
         self._mean_s = 0.0
         """Running mean of the time of a request."""
         self._loads: Sequence[PartLoad] = ()
@@ -123,7 +125,7 @@ class RemoteModel:
     async def sample(self, request: SampleRequest, client: str = "") -> SampledPictures:
         """See ``PictureModel``."""
         ends_s = end_of(request.timeout_s)
-        with self._admitted():
+        with self._admitted(client):
             return await self._twice(lambda: self._pass_on(request, client, ends_s))
 
     async def _pass_on(self, request: SampleRequest, client: str, ends_s: float) -> SampledPictures:
@@ -138,7 +140,7 @@ class RemoteModel:
     async def stream(self, request: SampleRequest, client: str = "", num_previews: int = 0) -> AsyncGenerator[Event]:
         """See ``PictureModel``. If a replica dies, what was sent of the stream is not sent again."""
         ends_s = end_of(request.timeout_s)
-        with self._admitted():
+        with self._admitted(client):
             sent = set[object]()
             has_begun_again = is_over = False
             while not is_over:
@@ -228,22 +230,25 @@ class RemoteModel:
         self._loads = [load_of_all(engines) for engines in answers if engines]
 
     @contextmanager
-    def _admitted(self) -> Generator[None]:
+    def _admitted(self, client: str) -> Generator[None]:
         """Bound the requests in a chain: its first part is done with a request long before the last one is.
 
         Raises:
             Overloaded: If there are too many.
         """
-        if self._most and self._num_open >= self._most:
-            next_s = self._mean_s / self._num_open  # until one of them is likely to leave
-            raise Overloaded(f"{self._num_open} requests are under way already", retry_after_s=next_s)
-        self._num_open += 1
+        if self._most and is_full(self._open, client, self._most):
+            num_open = self._open.total()
+            next_s = self._mean_s / num_open  # until one of them is likely to leave
+            raise Overloaded(f"{num_open} requests are under way already", retry_after_s=next_s)
+        self._open[client] += 1
         begun_s = time.monotonic()
         try:
             yield
             self._mean_s += (time.monotonic() - begun_s - self._mean_s) * (_SMOOTHING if self._mean_s else 1.0)
         finally:
-            self._num_open -= 1
+            self._open[client] -= 1
+            if not self._open[client]:
+                del self._open[client]
 
     async def embed_texts(self, texts: Sequence[str]) -> Vectors:
         """See ``PictureModel``."""

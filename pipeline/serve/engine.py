@@ -9,6 +9,7 @@ starts from pictures may have several phases (models/edit_phases.py); each waits
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, cast
@@ -22,6 +23,7 @@ from pipeline.serve.deadlines import end_of
 from pipeline.serve.embedder import Embedder, FitPca
 from pipeline.serve.engine_loop import EngineLoop
 from pipeline.serve.estimate import PartLoad, estimate_s
+from pipeline.serve.fair_queue import is_full
 from pipeline.serve.in_progress import Pending
 from pipeline.serve.memory import DeviceMemory
 from pipeline.serve.metrics import EngineMetrics
@@ -39,7 +41,7 @@ class Engine(EngineLoop):
     Args:
         cascade: The trained networks, on their device.
         max_batch_size: Pictures sampled at a time.
-        max_waiting: Most requests that may wait to start; further ones are refused.
+        max_waiting: Requests that may wait to start; further ones are refused, but for ``is_full``.
         steps: Steps of the recipe whose networks this engine has; the others of ``cascade`` have no weights. None: all.
         device: Of its networks.
         traces: Where the spans of requests go; closed with the engine. None: nothing is recorded.
@@ -211,9 +213,9 @@ class Engine(EngineLoop):
         self, pending: Pending, request: SampleRequest, later: Sequence[PartLoad], num_beside: int
     ) -> Overloaded | None:
         """Why a new request is not taken, if it is not; call with the lock held."""
-        num_waiting = sum(not waiting.future.cancelled() for waiting in self._waiting)
-        if num_waiting >= self._max_waiting:
-            return Overloaded(f"{num_waiting} requests are waiting already", retry_after_s=self._wait_s())
+        by_client = Counter(waiting.client for waiting in self._waiting if not waiting.future.cancelled())
+        if is_full(by_client, pending.client, self._max_waiting):
+            return Overloaded(f"{by_client.total()} requests are waiting already", retry_after_s=self._wait_s())
         if not request.timeout_s or not (self._unended or num_beside or any(part.pictures for part in later)):
             return None
         count = pending.num_waiting

@@ -1,14 +1,28 @@
-"""The order in which waiting pictures are admitted: equal shares for clients, and for the requests of one client.
+"""Equal shares for clients, and for the requests of one client: of the room to wait, and of the work.
 
 Start-time fair queueing (Goyal, Vin and Cheng, 1996): whoever has been served least is next. A newcomer starts level
 with the least served, so it neither waits for the others nor catches up on what it did not ask for.
 """
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item", bound=Hashable)
+
+
+def is_full(requests: Mapping[str, int], client: str, most: int) -> bool:
+    """Whether one more request of a client is too many.
+
+    Args:
+        requests: Of each client that has some, how many.
+        client: Who asks.
+        most: Requests of all clients from which on nobody gets more than a share, as large as that of each other client
+            that has some. Whoever has less of them is let in beside what is there, until there are twice as many.
+    """
+    num_all, num_clients = sum(requests.values()), len({*requests, client})
+    share = max(1, most // num_clients)
+    return num_all >= most and (requests.get(client, 0) >= share or num_all >= 2 * most)
 
 
 @dataclass

@@ -36,9 +36,29 @@ def test_a_chain_refuses_more_requests_than_it_may_hold(recipe: Recipe) -> None:
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
             await first
-        assert not model._num_open
+        assert not model._open
 
     asyncio.run(ask())
+
+
+def test_a_client_that_fills_a_chain_leaves_others_their_shares() -> None:
+    never = SimpleNamespace(sample=SimpleNamespace(remote=lambda *_: asyncio.get_running_loop().create_future()))
+    model = RemoteModel({"prior": never}, "one", most=4)  # pyright: ignore[reportArgumentType]
+
+    async def ask(client: str) -> asyncio.Task[SampledPictures]:
+        task = asyncio.create_task(model.sample(SampleRequest("a", (1,)), client))
+        await asyncio.sleep(0)
+        return task
+
+    async def fill() -> list[bool]:
+        tasks = [await ask(client) for client in ("a", "a", "a", "a", "a", "b", "b", "b", "a")]
+        refused = [task.done() and isinstance(task.exception(), Overloaded) for task in tasks]
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        return refused
+
+    assert asyncio.run(fill()) == [False] * 4 + [True, False, False, True, True]
 
 
 def test_a_request_whose_replica_dies_is_begun_once_more() -> None:

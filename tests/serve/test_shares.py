@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from pipeline.serve.cost import cost_of
 from pipeline.serve.engine import Engine
 from pipeline.serve.estimate import StageLoad
 from pipeline.serve.fair_queue import FairQueue
+from pipeline.serve.protocols import Overloaded
+from tests.serve.test_engine import wait_until
 
 
 def test_whoever_has_been_served_least_is_next_and_portions_count_by_their_cost() -> None:
@@ -71,3 +74,21 @@ def test_a_client_whose_pictures_take_more_steps_gets_fewer_of_them(
         future.cancel()
     assert order[:8] == ["first", "long", *["short"] * 5, "long"][: len(order[:8])]
     assert order.count("short") == 5
+
+
+def test_a_client_that_fills_the_queue_leaves_others_their_shares_of_it(make_engine: Callable[..., Engine]) -> None:
+    engine = make_engine(max_batch_size=1, max_waiting=4)
+    future = engine.submit(SampleRequest("a", (0,), num_steps={"prior": 1000}), "a")
+    wait_until(lambda: engine.counts()["active"] == 1)
+
+    def num_taken(client: str) -> int:
+        """Of five more requests."""
+        taken = list[Future[Any]]()
+        for seed in range(5):
+            with suppress(Overloaded):
+                taken.append(engine.submit(SampleRequest("a", (seed,)), client))
+        return len(taken)
+
+    assert [num_taken(client) for client in "abacde"] == [4, 2, 0, 1, 1, 0]
+    assert engine.counts()["waiting"] == 8
+    assert not future.done()
