@@ -19,7 +19,7 @@ from pipeline.runtime.draining import Announce, finishing, named, write_line
 from pipeline.runtime.front import Front
 from pipeline.runtime.loading import load_engine
 from pipeline.runtime.parts import NETWORKS
-from pipeline.runtime.served import Served, served_by, served_last, server_name
+from pipeline.runtime.served import Served, served_anew, served_by, served_last, server_name
 from pipeline.serve.guards import require_keys
 from pipeline.serve.http_server import HttpServer, listen, url_of
 from pipeline.serve.keeper import Kept, SwapRequests
@@ -60,6 +60,8 @@ def serve_here(
     swap_requests = kept.swap_requests if kept else SwapRequests()
     if reload is not None:
         swap_requests.listen()
+    # Networks that are swapped in keep the name.
+    recipe = dataclasses.replace(recipe, serve=dataclasses.replace(config, name=server_name(recipe)))
     front = Front(config)
     with ExitStack() as stack:
         stack.callback(front.close)
@@ -144,7 +146,7 @@ class _Networks:
         raise StepError("serve: the engine has ended")
 
     def _swap(self, recipe: Recipe, now: "_Loaded") -> None:
-        served = served_by(dataclasses.replace(recipe, serve=now.served.recipe.serve))
+        served = served_anew(recipe, now.served, self._announce)
         if served.tables == now.served.tables:
             self._announce("nothing to swap: these networks are served already")
             return

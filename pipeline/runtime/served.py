@@ -2,15 +2,17 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 from pipeline.errors import ConfigError
 from pipeline.recipe.champion import measured_cascade
 from pipeline.recipe.garbage import in_use_of
 from pipeline.recipe.last_run import named_artifacts
+from pipeline.recipe.paths import with_absolute_paths
 from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.serve_sections import ServeConfig
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.runtime.parts import Tables, read_tables, write_tables
 from pipeline.runtime.tracking.aliases import evaluation_of
@@ -92,6 +94,28 @@ def served_by(recipe: Recipe) -> Served:
         return Served(measured, artifacts, which)
     networks = {name: artifact for name, artifact in artifacts.items() if name in CASCADE_STEPS}
     return Served(measured, networks, which, f"without neighbours: not in the workspace any more: {missing}")
+
+
+def served_anew(recipe: Recipe, served: Served, announce: Callable[[str], None]) -> Served:
+    """What a recipe that was read again says is to be served, with ``[serve]`` as at the start.
+
+    Args:
+        recipe: As it is now.
+        served: What is served.
+        announce: Takes a line for each field of ``[serve]`` that has changed.
+
+    Raises:
+        UnclipError: As ``served_by``.
+    """
+    now, at_start = _resolved_serve(recipe), _resolved_serve(served.recipe)
+    for name in (field.name for field in fields(now)):
+        if getattr(now, name) != getattr(at_start, name):
+            announce(f"serve.{name} has changed in the recipe: it holds from the next start on")
+    return served_by(replace(recipe, serve=served.recipe.serve))
+
+
+def _resolved_serve(recipe: Recipe) -> ServeConfig:
+    return replace(with_absolute_paths(recipe).serve, name=server_name(recipe))
 
 
 def served_last(kept: Kept | None) -> Served | None:

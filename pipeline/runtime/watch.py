@@ -4,7 +4,6 @@ Ray Serve updates one replica after another, and none while others start. So all
 those that come in the middle of a swap are told again.
 """
 
-import dataclasses
 import re
 import time
 from collections.abc import Callable, Generator
@@ -28,7 +27,7 @@ from pipeline.runtime.lookout import Lookout, in_thread
 from pipeline.runtime.neighbours import remote_parts
 from pipeline.runtime.parts import NEIGHBOURS, digest_of, part_tables, parts_of
 from pipeline.runtime.remote_model import Handles, are_served
-from pipeline.runtime.served import Served, served_by, server_name
+from pipeline.runtime.served import Served, served_anew, server_name
 from pipeline.runtime.turns import Turns
 from pipeline.serve.keeper import Kept, SwapRequests
 
@@ -135,12 +134,12 @@ class Watch:
         """Let every replica load the networks of ``recipe`` beside its own, and then send new requests to them.
 
         Requests that came before end with the networks of before, which the replicas keep until then, and for
-        ``serve.drain_s`` at least. Where the server listens stays as it is.
+        ``serve.drain_s`` at least. All of ``[serve]`` stays as it is.
 
         Raises:
             UnclipError: If the networks are not finished, or a replica cannot load them; then all keep the old ones.
         """
-        served = served_by(dataclasses.replace(recipe, serve=self._served.recipe.serve))
+        served = served_anew(recipe, self._served, self._announce)
         recipe, artifacts = served.recipe, served.artifacts
         if parts_of(recipe).keys() != parts_of(self._served.recipe).keys():
             raise StepError("serve: the recipe has other parts than the chain that is served; start the server anew")

@@ -163,7 +163,7 @@ def test_a_swap_that_loses_the_index_says_so(monkeypatch: pytest.MonkeyPatch) ->
     recipe, lines = parse_recipe({}), list[str]()
     now: Any = SimpleNamespace(served=Served(recipe, {}))
     coming = Served(recipe, {"prior": Artifact("prior/0")}, "champion is version 2", "without neighbours: no index")
-    monkeypatch.setattr(here_module, "served_by", lambda _: coming)
+    monkeypatch.setattr(here_module, "served_anew", lambda *_: coming)
     monkeypatch.setattr(_Networks, "load", lambda *_: None)
     _Networks(Front(ServeConfig()), lines.append, None)._swap(recipe, now)
     assert lines == ["loading other networks", "other networks are served", coming.version, coming.lacks]

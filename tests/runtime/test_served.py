@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -12,9 +13,10 @@ from typing import Any
 import pytest
 
 from pipeline.errors import ConfigError, StepError, UnclipError
+from pipeline.recipe.paths import with_absolute_paths
 from pipeline.recipe.plan import artifact_of, make_plan, manifest_of
 from pipeline.recipe.recipe import Recipe, load_recipe, parse_recipe
-from pipeline.runtime.served import Served, served_by
+from pipeline.runtime.served import Served, served_anew, served_by
 from pipeline.runtime.tracking import aliases
 from pipeline.runtime.tracking.aliases import evaluation_of
 from pipeline.runtime.tracking.run import send_champion
@@ -184,3 +186,18 @@ def test_what_fails_on_the_way_to_an_alias_is_said_as_what_it_is(
         monkeypatch.setattr(aliases, "tags_by_alias", fail)
         with pytest.raises(UnclipError, match=sentence):
             evaluation_of(recipe, "champion")
+
+
+def test_a_recipe_that_is_read_again_says_which_fields_of_serve_wait_for_a_new_start(tmp_path: Path) -> None:
+    started = measured(tmp_path, "serve.networks=", "serve.keys=keys.json", "serve.name=tiny")
+    read, lines = dataclasses.replace(started, serve=dataclasses.replace(started.serve, name="")), list[str]()
+    served = Served(with_absolute_paths(started), {})  # as a process that was started again has it
+    assert served_anew(read, served, lines.append).recipe.serve == served.recipe.serve
+    assert not lines
+    serve = dataclasses.replace(
+        read.serve, networks="champion", timeout_s=1.0, safety_hook="my_safety:check", keys="other.json"
+    )
+    changed = dataclasses.replace(read, name="other", serve=serve)
+    assert served_anew(changed, served, lines.append).recipe.serve == served.recipe.serve
+    names = [re.sub(r" has changed in the recipe: it holds from the next start on$", "", line) for line in lines]
+    assert names == ["serve.name", "serve.networks", "serve.timeout_s", "serve.keys", "serve.safety_hook"]

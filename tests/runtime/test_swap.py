@@ -301,7 +301,8 @@ def test_a_server_answers_swaps_at_sighup_and_ends_at_ctrl_c(
     finally:
         signal.signal(signal.SIGHUP, before)
     words = [line.split()[0] for line in lines]
-    assert words == ["mine", "without", "loading", "other", "without", "stopping", "mine", "without", "stopping"]
+    swap = ["serve.name", "serve.port", "loading", "other", "without"]
+    assert words == ["mine", "without", *swap, "stopping", "mine", "without", "stopping"]
     first, second, third = pictures
     assert first != second == third
     assert names == ["unclip-mine"] * 3  # another application would have been another name

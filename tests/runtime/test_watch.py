@@ -37,7 +37,7 @@ def test_networks_are_swapped_although_the_index_is_away(
     lines, front = list[str](), Front(chain.serve)
     monkeypatch.setattr(serve_module.serve, "run_many", lambda *_, **__: None)
     Watch(served, front, handles, lines.append, ExitStack(), SwapRequests()).swap(
-        load_recipe(save_other(tmp_path / "others"))
+        replace(load_recipe(save_other(tmp_path / "others")), name=chain.name, serve=chain.serve)
     )
     assert lines[:2] == ["loading other networks", "other networks are served"]
     assert front.gate.app is not None
