@@ -3,9 +3,10 @@
 import asyncio
 import base64
 import dataclasses
-import math
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,17 @@ import numpy as np
 from pipeline.data.causes import CLASSES, FetchError
 from pipeline.data.fetch import Fetcher
 from pipeline.data.urls import AddressRules
+from pipeline.errors import StepError
 from pipeline.recipe.sections import DownloadConfig
 from pipeline.serve.held import HeldBytes
 from pipeline.serve.images import note_of_cut
 from pipeline.serve.knn_bodies import MAX_RESULT_IDS, KnnRequest, MetadataRequest
-from pipeline.serve.protocols import NeighbourRow, Neighbours, PictureModel, Vectors
+from pipeline.serve.protocols import NeighbourRow, Neighbours, NotServing, PictureModel, Vectors
 from pipeline.serve.traces import span
 from pipeline.serve.uploads import bounded_picture, decode_base64, embed_picture
 from pipeline.serve.web import ApiError
+
+_log = logging.getLogger(__name__)
 
 MAX_WHOLE_ROWS = 2000
 """Most rows with pictures of all searches of one request: all are in memory at once."""
@@ -53,6 +57,7 @@ async def find(
 
     Raises:
         ApiError: 400, if there is nothing to search for, it cannot be read, or too much is requested.
+        NotServing: If networks or index do not answer.
     """
     name, values, is_list = body.query
     _refuse(body, name, len(values), fetches_urls=fetches_urls)
@@ -64,7 +69,7 @@ async def find(
     num_results = max(body.num_images, body.num_result_ids or 0)
     if num_results == 0:
         return [[] for _ in vectors] if is_list else [], notes
-    with span("neighbours", queries=len(vectors)):
+    with span("neighbours", queries=len(vectors)), _answering():
         hits = await neighbours.search(
             vectors,
             num_results,
@@ -84,9 +89,11 @@ async def metadata(neighbours: Neighbours, body: MetadataRequest) -> list[dict[s
 
     Raises:
         ApiError: 400, if there is no such row.
+        NotServing: If the index does not answer.
     """
     try:
-        rows = await neighbours.rows(body.ids)
+        with _answering():
+            rows = await neighbours.rows(body.ids)
     except ValueError as error:
         raise ApiError(400, f"ids: {error}", param="ids", code="invalid_value") from None
     return [{"id": number, "metadata": row} for number, row in zip(body.ids, rows, strict=True)]
@@ -166,7 +173,8 @@ async def _embed(model: PictureModel, neighbours: Neighbours, name: str, values:
             with _FETCHED.hold(len(data)):
                 rows.append(await embed_picture(model, bounded_picture, data, "image_url"))
     else:
-        width = await neighbours.embed_dim()
+        with _answering():
+            width = await neighbours.embed_dim()
         rows = [_unit(vector, width) for vector in values]
     return np.stack(rows)
 
@@ -195,11 +203,26 @@ async def _fetch(url: str, longest_s: float) -> bytes:
 
 
 def _unit(values: Sequence[float], width: int) -> Vectors:
-    if len(values) != width or not all(math.isfinite(value) for value in values):
-        message = f"embedding_input: {len(values)} numbers; this index takes {width}, all finite"
-        raise ApiError(400, message, param="embedding_input", code="invalid_value")
-    vector = np.asarray(values, np.float64)
-    length = float(np.linalg.norm(vector))
-    if length == 0:
+    wrong = f"embedding_input: {len(values)} numbers; this index takes {width}, all finite"
+    refusal = ApiError(400, wrong, param="embedding_input", code="invalid_value")
+    try:
+        vector = np.asarray(values, np.float64)
+    except OverflowError:  # JSON has integers of any size
+        raise refusal from None
+    if len(values) != width or not np.isfinite(vector).all():
+        raise refusal
+    largest = np.abs(vector).max()
+    if largest == 0:
         raise ApiError(400, "embedding_input: all zero", param="embedding_input", code="invalid_value")
-    return (vector / length).astype(np.float32)
+    vector /= largest  # the square of a large number is infinite
+    return (vector / np.linalg.norm(vector)).astype(np.float32)
+
+
+@contextmanager
+def _answering() -> Generator[None]:
+    """Say of a store that does not answer what is said of networks that do not: ``NotServing``."""
+    try:
+        yield
+    except (StepError, OSError) as error:
+        _log.warning("a search is refused: %s", error)
+        raise NotServing("the index of the training pictures does not answer") from None

@@ -21,7 +21,7 @@ from fastapi.responses import RedirectResponse, Response
 from pipeline.data.rows import make_uid
 from pipeline.data.urls import AddressRules
 from pipeline.data.vectors import to_unit
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StepError
 from pipeline.recipe.picture_card import ModelCard
 from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.serve import knn, local_neighbours, uploads
@@ -73,6 +73,30 @@ def test_an_embedding_finds_what_is_nearest_by_arithmetic(server: Any) -> None:
         order = np.argsort(-cosines)
         assert [one["similarity"] for one in results] == pytest.approx(cosines[order], abs=2e-3)
         assert results[0]["uid"] == table.column("uid")[int(order[0])].as_py()
+
+
+@pytest.mark.parametrize("number", [1e300, 1e-320])
+def test_an_embedding_is_a_direction_whatever_its_numbers(server: Any, number: float) -> None:
+    vector = embeddings(server).column("z_image")[4].as_py()
+    signs = np.sign(vector)
+    expected, results = (post(server, embedding_input=(size * signs).tolist()).json() for size in (1.0, number))
+    assert [(one["id"], one["similarity"]) for one in results] == [(one["id"], one["similarity"]) for one in expected]
+
+
+@pytest.mark.parametrize("error", [StepError("s3: no answer"), OSError("gone")])
+def test_a_search_whose_store_is_away_is_503(
+    server: Any, neighbours: Any, serving: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    own = local_neighbours.LocalNeighbours(neighbours._retriever)
+    for method in ("search", "rows"):
+        monkeypatch.setattr(own, method, AsyncMock(side_effect=error))
+    with serving(create_app(server.engine, own, ApiSettings(ModelCard("tiny", 32)))) as url:
+        search = httpx.post(f"{url}/knn-service", json={"text": "a", "modality": "image", "num_images": 3})
+        rows = httpx.post(f"{url}/metadata", json={"ids": [0]})
+    for answer in (search, rows):
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_ready")
+        assert answer.headers["Retry-After"]
+        assert "the index of the training pictures does not answer" in answer.json()["error"]["message"]
 
 
 def test_a_server_without_an_index_says_so_and_still_samples(server: Any, serving: Any) -> None:
@@ -127,6 +151,7 @@ def test_the_index_has_the_name_of_the_recipe(server: Any) -> None:
         ({"image": base64.b64encode(b"GIF89a nonsense").decode()}, "image: not a picture"),
         ({"embedding_input": [1.0, 2.0]}, "2 numbers; this index takes 16"),
         ({"embedding_input": [0.0] * 16}, "all zero"),
+        ({"embedding_input": [10**400] * 16}, "16 numbers; this index takes 16, all finite"),
         ({"text": "a", "modality": "sound"}, "modality"),
         ({"text": "a", "num_images": 100_000}, "num_images"),
         ({"text": "a", "num_images": None}, "num_images"),
