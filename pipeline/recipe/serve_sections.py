@@ -78,7 +78,7 @@ class ServeConfig:
     """Longest time that requests under way are waited for at the end, in seconds; so long, and while requests of them
     are under way, networks also stay in memory once others are swapped in."""
     timeout_s: NonNegativeFloat = 0.0
-    """Longest time from when a request has come until its pictures, embeddings or neighbours are there, in seconds;
+    """Longest time from when a request's body has come until pictures, embeddings or neighbours are there, in seconds;
     then it is dropped, and answered with 504. A request may have a shorter one (`timeout`). 0: none."""
     mode: Literal["replica", "chain", "process"] = "replica"
     """replica: every copy has all networks. chain: CLIP and the prior, the decoder and each upsampler run apart, each
@@ -125,7 +125,7 @@ class ServeConfig:
     max_batch_size: PositiveInt = 16
     """Pictures in one forward pass."""
     max_queued_requests: PositiveInt = 64
-    """Requests waiting before new ones get 429."""
+    """Requests waiting before new ones get 429; a client without its share of them is still let in (docs/http.md)."""
     keys: str = ""
     """File of `unclip keys`; when set, requests must carry one of its keys: Authorization: Bearer KEY."""
     hosts: tuple[str, ...] = ()
