@@ -117,6 +117,21 @@ def test_a_server_that_is_not_ready_is_asked_again(browser: Browser, server: Any
         expect(finished(page)).to_have_count(1)
 
 
+def test_a_used_limit_is_waited_for_and_keys_that_cannot_be_read_are_not(browser: Browser, server: Any) -> None:
+    with browser.new_context() as context:
+        page = context.new_page()
+        page.goto(server.url)
+        status = page.get_by_role("status").first
+        refuse(page, "/v1/images/generations", [("2", 429)], "rate_limit_exceeded")
+        generate(page, steps=2)
+        expect(status).to_have_text("The limit of this key is used up; trying again in 2 s.")
+        expect(finished(page)).to_have_count(1)
+        refuse(page, "/v1/images/generations", [("1", 503)], "no_keys")
+        generate(page, steps=2)
+        expect(status).to_have_text("not now")
+        expect(finished(page)).to_have_count(0)
+
+
 def test_a_seed_may_begin_with_zeros_and_be_as_long_as_the_api_takes(page: Page) -> None:
     for typed, seed in (("007", "7"), ("9223372036854775797", "9223372036854775797")):
         page.get_by_label("Seed", exact=True).fill(typed)

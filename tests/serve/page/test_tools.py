@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from tests.serve.page.visit import PROMPT, both_widths, drop, finished, generate, history, needs_browser
+from tests.serve.page.visit import PROMPT, both_widths, button, drop, finished, generate, history, needs_browser
 from tests.tiny.shards import plain_picture
 
 pytestmark = needs_browser
@@ -35,6 +35,34 @@ def test_a_picture_is_varied(page: Page) -> None:
     expect(page.get_by_role("dialog").locator("dl")).to_contain_text("Variation")
 
 
+HOLD = """() => {
+  const real = window.createImageBitmap, held = [];
+  window.createImageBitmap = async (blob) => { await new Promise((go) => held.push(go)); return real(blob); };
+  window.release = () => { window.createImageBitmap = real; for (const go of held) go(); };
+}"""
+"""Pictures are decoded once they are released, as if each were large."""
+
+
+def test_a_picture_is_varied_once_however_often_the_button_is_pressed(page: Page) -> None:
+    viewer, posts = open_with(page, "Variations"), list[str]()
+    page.on("request", lambda request: posts.extend([request.url] * request.url.endswith("/variations")))
+    vary = viewer.get_by_role("button", name="Make variations", exact=True)
+    page.evaluate(HOLD)
+    vary.dblclick()
+    page.evaluate("release()")
+    expect(finished(page)).to_have_count(4)
+    assert len(posts) == 1
+    finished(page).first.click()
+    page.evaluate(HOLD)
+    vary.click()
+    page.keyboard.press("Escape")
+    page.get_by_label("Steps", exact=True).fill("300")
+    button(page, "Generate").click()
+    page.evaluate("release()")
+    expect(finished(page)).to_have_count(1)
+    assert len(posts) == 1
+
+
 @both_widths
 def test_what_is_painted_over_is_repainted_and_nothing_else(page: Page) -> None:
     viewer = open_with(page, "Repaint")
@@ -59,6 +87,9 @@ def test_what_is_painted_over_is_repainted_and_nothing_else(page: Page) -> None:
     difference = np.abs(pixels_of(page, "#pictures img").astype(int) - before).max(axis=-1)
     assert difference[3:14, 3:14].any()
     assert not difference[20:, 20:].any()
+    finished(page).click()
+    viewer.get_by_role("button", name="Reuse all", exact=True).click()
+    expect(page.get_by_role("status").first).to_contain_text("It was made from another picture, so the form makes")
 
 
 def test_the_brush_is_moved_by_keys(page: Page) -> None:

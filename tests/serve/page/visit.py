@@ -76,14 +76,15 @@ def history(page: Page, name: str) -> Locator:
     return page.locator("#thumbs").get_by_role("button", name=name, include_hidden=True)
 
 
-def refuse(page: Page, path: str, answers: list[tuple[str, int]]) -> None:
+def refuse(page: Page, path: str, answers: list[tuple[str, int]], code: str = "") -> None:
     """Answer a path with each (``Retry-After``, status), the last one first, and then let the server answer."""
 
     def answer(route: Route) -> None:
         if not answers:
             return route.fallback()
         seconds, status = answers.pop()
-        return route.fulfill(status=status, headers={"Retry-After": seconds}, json={"error": {"message": "not now"}})
+        error = {"message": "not now", "code": code}
+        return route.fulfill(status=status, headers={"Retry-After": seconds}, json={"error": error})
 
     page.route("**" + path, answer)
 
