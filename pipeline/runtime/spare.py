@@ -52,7 +52,8 @@ def keep_spare(servers: Sequence[psutil.Process], announce: Callable[[str], None
 
 def _keep(raylet: psutil.Process, announce: Callable[[str], None]) -> None:
     [node] = ray.nodes()
-    with init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}") as channel:
+    channel: Any = init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}")
+    with channel:
         stub: Any = node_manager_pb2_grpc.NodeManagerServiceStub(channel)
         is_failing = False
         while are_alive([raylet]):
@@ -69,7 +70,8 @@ def _keep(raylet: psutil.Process, announce: Callable[[str], None]) -> None:
 
 
 def _one() -> Any:
-    request = node_manager_pb2.PrestartWorkersRequest(num_workers=1, keep_alive_duration_secs=_KEEP_S)
+    messages: Any = node_manager_pb2  # its classes are made when it is imported
+    request = messages.PrestartWorkersRequest(num_workers=1, keep_alive_duration_secs=_KEEP_S)
     request.runtime_env_info.serialized_runtime_env = "{}"
     return request
 
