@@ -27,7 +27,7 @@ from pipeline.workspace.progress import METRICS
 from pipeline.workspace.store import Artifact
 from tests.tiny.cluster import cluster_without_cpus
 from tests.tiny.recipe import tiny_tables
-from tests.tiny.training import upsampler_context
+from tests.tiny.training import train_here, upsampler_context
 
 
 class _Cluster:
@@ -329,9 +329,9 @@ def test_a_training_on_ray_is_validated_beside_it_and_is_what_it_would_be_withou
             ("shared", every_cpu),
         )
     )
+    expected = train_here(alone)
     with connect():
         task = ray.remote(num_cpus=0, max_retries=0)(run_training)
-        expected = ray.get(task.remote(alone)).metrics
         done = threading.Event()
         killer = threading.Thread(target=_kill_validations, args=(2, done))
         killer.start()
