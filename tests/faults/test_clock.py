@@ -71,7 +71,8 @@ def _server() -> Iterator[S3Server]:
 def test_a_clock_that_jumps_in_the_middle_of_steps_changes_nothing(
     server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock, recipe = tmp_path / "clock", write_recipe(tmp_path, port=free_port(), num_steps=90, save_every=9)
+    clock = tmp_path / "clock"
+    recipe = write_recipe(tmp_path, port=free_port(), num_steps=90, save_every=9, long_trainings={"prior"})
     clock.write_text("0")
     server.make_bucket("clock")
     store = server.environment | {"UNCLIP_CACHE": str(tmp_path / "cache"), "UNCLIP_CACHE_GB": "0.00001"}

@@ -31,7 +31,8 @@ from tests.tiny.tracking_server import TrackingServer
 from tests.tiny.workspace import finish_download
 
 _NUM_STEPS, _SAVE_EVERY, _AWAY_S = 900, 20, 5
-_KILLS = ("worker", "tracker", "machine", "driver", "interrupt", "worker", "head", "machine", "worker", "driver")
+_KILLS = ("worker", "tracker", "machine", "driver", "interrupt", "worker", "machine", "worker", "driver", "head")
+"""The head last: until they miss it, the workers train on, perhaps to the end, and nothing is left for other kills."""
 
 
 class _Disturbed:
