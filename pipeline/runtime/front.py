@@ -16,11 +16,12 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.serve_sections import ServeConfig
 from pipeline.runtime.served import server_name
 from pipeline.serve.gate import Gate
-from pipeline.serve.guarded_model import GuardedModel, load_hook
+from pipeline.serve.guarded_model import GuardedModel
 from pipeline.serve.guards import Guards, GuardSettings
 from pipeline.serve.keys import KeyRing, Meter
 from pipeline.serve.metrics import HttpMetrics
 from pipeline.serve.protocols import Neighbours, PictureModel
+from pipeline.serve.safety import SafetyCalls, load_hook
 from pipeline.serve.traces import open_traces
 from pipeline.serve.upkeep import Upkeep
 from pipeline.workspace.store import Artifact
@@ -51,11 +52,11 @@ class Front:
         self._http_metrics = http_metrics
         self.metrics = before.metrics if before else HttpMetrics()
         self.upkeep = before.upkeep if before else Upkeep(self.metrics.registry)
-        self._hook = load_hook(config.safety_hook) if config.safety_hook else None
+        self._safety = SafetyCalls(load_hook(config.safety_hook)) if config.safety_hook else None
         if config.provenance:
             Signer.read(Path(config.provenance))  # what cannot be read is said before anything starts
         self.keys = KeyRing(Path(config.keys)) if config.keys else None
-        self.gate = Gate(self.keys)
+        self.gate = Gate(self.keys, self._safety)
         settings = GuardSettings(config.hosts, config.access_log, config.log_prompts)
         spans = self.metrics.spans if config.traces else None
         self._traces = open_traces(config.traces, config.name, spans)
@@ -108,7 +109,7 @@ class Front:
         signer = Signer.read(Path(recipe.serve.provenance)) if recipe.serve.provenance else None
         made_with = model_card(recipe, artifacts)
         card = replace(made_with, name=server_name(recipe), aliases=recipe.serve.aliases, signer=signer)
-        guarded = GuardedModel(model, card.image_px, self.meter, self._hook)
+        guarded = GuardedModel(model, card.image_px, self.meter, self._safety)
         manifest = artifacts["decoder"].manifest()
         settings = ApiSettings(
             card,

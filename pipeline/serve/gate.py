@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from pipeline.errors import ConfigError
 from pipeline.serve.keys import KeyRing
+from pipeline.serve.safety import SafetyCalls
 from pipeline.serve.web import ApiError
 
 _log = logging.getLogger(__name__)
@@ -37,10 +38,12 @@ class Gate:
 
     Args:
         keys: Those that the guards before it ask for; None: they ask for none.
+        safety: Calls of the hook behind it; None: there is none.
     """
 
-    def __init__(self, keys: KeyRing | None = None) -> None:
+    def __init__(self, keys: KeyRing | None = None, safety: SafetyCalls | None = None) -> None:
         self._keys = keys
+        self._safety = safety
         self._app: ASGIApp | None = None
         self._reason = "the server starts"
         self.note = ""
@@ -111,7 +114,7 @@ class Gate:
 
     def _readiness(self) -> JSONResponse:
         try:
-            notes = [self.note, self._keys.look() if self._keys else ""]
+            notes = [self.note, self._keys.look() if self._keys else "", self._safety.look() if self._safety else ""]
         except ConfigError as error:
             return _refusal(str(error))
         note = "; ".join(filter(None, notes))

@@ -1,18 +1,16 @@
 """The networks behind their guards: pixels are counted, and a safety hook may refuse a prompt or blank a picture."""
 
-import importlib
+import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from models.request import SampleRequest
-from pipeline.errors import ConfigError
-from pipeline.serve.deadlines import end_of, left_of, until, while_wanted
+from pipeline.serve.deadlines import end_of, left_of, until
 from pipeline.serve.guards import CURRENT, RequestFacts, refuse_above
 from pipeline.serve.keys import Meter
 from pipeline.serve.protocols import (
@@ -26,41 +24,13 @@ from pipeline.serve.protocols import (
     TooLittleTime,
     Vectors,
 )
+from pipeline.serve.safety import SafetyCalls
 from pipeline.serve.web import ApiError
 
 _log = logging.getLogger(__name__)
 
 _GRACE_S = 0.5
 """How much longer the engine, which counts what it drops, may take to say that the time is up."""
-
-SafetyHook = Callable[[str, Images | None], str | None]
-"""(prompt, picture) -> the reason to refuse it, or None.
-
-It is called with the prompt alone before pictures are sampled, and with every preview and picture, (H, W, 3), before
-it is sent; a picture that it refuses is sent black. It is called in threads, several at once. What it takes is time of
-the request.
-"""
-_HOOKS = ThreadPoolExecutor(8, "unclip-hook")
-"""Call the hook, which may hang: they are none of the threads that write pictures' files."""
-
-
-def load_hook(name: str) -> SafetyHook:
-    """The hook that a recipe names.
-
-    Args:
-        name: ``module:function``; the module must be importable where the server runs.
-
-    Raises:
-        ConfigError: If there is no such function.
-    """
-    module, _, function = name.partition(":")
-    try:
-        hook = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"serve.safety_hook: {name!r}: {error}; it is MODULE:FUNCTION") from None
-    if not callable(hook):
-        raise ConfigError(f"serve.safety_hook: {name!r} is not a function")
-    return cast("SafetyHook", hook)
 
 
 class GuardedModel:
@@ -70,7 +40,7 @@ class GuardedModel:
         model: The networks.
         image_px: Side of their pictures, in pixels.
         meter: What the keys have used.
-        hook: Refuses prompts and pictures; None: nothing is refused.
+        safety: Refuses prompts and pictures; None: nothing is refused.
     """
 
     def __init__(
@@ -78,12 +48,12 @@ class GuardedModel:
         model: PictureModel,
         image_px: int,
         meter: Meter,
-        hook: SafetyHook | None = None,
+        safety: SafetyCalls | None = None,
     ) -> None:
         self._model = model
         self._image_px = image_px
         self._meter = meter
-        self._hook = hook
+        self._safety = safety
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
@@ -158,7 +128,7 @@ class GuardedModel:
 
     async def _images(self, images: Images, prompt: str, facts: RequestFacts) -> Images:
         """Pictures (n, H, W, 3) with those black that the hook refuses."""
-        if self._hook is None:
+        if self._safety is None:
             return images
         reasons = await self._reasons(prompt, images)
         for reason in filter(None, reasons):
@@ -170,15 +140,13 @@ class GuardedModel:
 
     async def _reasons(self, prompt: str, images: Iterable[Images | None]) -> list[str | None]:
         """What the hook says of each of these pictures, or of the prompt alone (None)."""
-        hook = self._hook
-        if hook is None:
+        safety = self._safety
+        if safety is None:
             return [None for _ in images]
-
-        def ask(require_wanted: Callable[[], None]) -> list[str | None]:
-            reasons = list[str | None]()
-            for image in images:
-                require_wanted()
-                reasons.append(hook(prompt, image))
-            return reasons
-
-        return await while_wanted(ask, _HOOKS)
+        # A call for each, so that many pictures of one request hold up no other request.
+        calls = [asyncio.ensure_future(safety.reason(prompt, image)) for image in images]
+        try:
+            return await asyncio.gather(*calls)
+        finally:
+            for call in calls:
+                call.cancel()

@@ -16,13 +16,16 @@ from starlette.testclient import TestClient
 
 from models.request import SampleRequest
 from pipeline.recipe.picture_card import ModelCard
+from pipeline.serve import safety
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.engine import Engine
+from pipeline.serve.gate import Gate
 from pipeline.serve.guarded_model import GuardedModel
 from pipeline.serve.guards import Guards
 from pipeline.serve.keys import KeyRing, Meter, add_key, read_keys
 from pipeline.serve.metrics import HttpMetrics
 from pipeline.serve.protocols import Accepted, DeadlinePassed, Images, SampledPictures, TooLittleTime, Vectors
+from pipeline.serve.safety import SafetyCalls, SafetyHook
 from tests.serve.test_engine import wait_until
 from tests.serve.test_metrics import values
 
@@ -105,7 +108,7 @@ class Networks:
             raise TooLittleTime("timeout: too short", retry_after_s=7)
         if request.prompt != "quick":
             await never()
-        return SampledPictures(np.zeros((1, 16, 16, 3), np.uint8), None)
+        return SampledPictures(np.zeros((len(request.seeds), 16, 16, 3), np.uint8), None)
 
     async def stream(self, request: SampleRequest, client: str = "", _num_previews: int = 0) -> Any:
         yield Accepted()
@@ -213,14 +216,15 @@ def hook() -> Iterator["Hook"]:
 
 
 class Hook:
-    """A safety hook that hangs at the prompt "hang", or at every picture, until it may end."""
+    """A safety hook that hangs at the prompt "hang", or at pictures, until it may end."""
 
     def __init__(self) -> None:
-        self.may_end, self.num_calls = threading.Event(), 0
+        self.may_end, self.hangs_at_pictures = threading.Event(), False
+        self.calls = list[str]()
 
     def __call__(self, prompt: str, image: Images | None) -> None:
-        self.num_calls += 1
-        if image is not None or prompt == "hang":
+        self.calls.append(prompt)
+        if prompt == "hang" or (self.hangs_at_pictures and image is not None):
             assert self.may_end.wait(60)
 
 
@@ -229,7 +233,8 @@ def test_a_safety_hook_takes_time_of_the_request_and_a_key_pays_nothing_for_its_
 ) -> None:
     networks, meter = Networks(), Meter(clock=lambda: 0.0)
     key = add_key(tmp_path / "keys.json", "alice", pixels=1000)
-    behind: Any = GuardedModel(networks, 16, meter, hook)  # pyright: ignore[reportArgumentType]
+    hook.hangs_at_pictures = True
+    behind: Any = GuardedModel(networks, 16, meter, SafetyCalls(hook))  # pyright: ignore[reportArgumentType]
     app = create_app(behind, None, ApiSettings(ModelCard("tiny", 16), longest_s=0.2))
     guards = Guards(app, keys=KeyRing(tmp_path / "keys.json"), meter=meter)
     client = TestClient(guards, base_url="http://127.0.0.1", headers={"Authorization": f"Bearer {key}"})
@@ -245,22 +250,66 @@ def test_a_safety_hook_takes_time_of_the_request_and_a_key_pays_nothing_for_its_
     assert meter.rest(alice, "pixels") == 1000 - 2 * 16**2
 
 
-def test_hooks_that_hang_hold_up_no_files_of_other_pictures(hook: Hook) -> None:
-    guarded: Any = GuardedModel(Networks(), 16, Meter(), hook)  # pyright: ignore[reportArgumentType]
-    other: Any = Networks()
-    app = create_app(other, None, ApiSettings(ModelCard("tiny", 16)))
+def guarded_by(hook: SafetyHook) -> Any:
+    return GuardedModel(Networks(), 16, Meter(), SafetyCalls(hook))  # pyright: ignore[reportArgumentType]
+
+
+def test_hooks_that_hang_hold_up_no_other_pictures_and_no_files(hook: Hook) -> None:
+    guarded = guarded_by(hook)
+    app = create_app(guarded, None, ApiSettings(ModelCard("tiny", 16)))
+    most = safety.NUM_THREADS - 1
 
     async def ask() -> int:
-        hung = [asyncio.ensure_future(guarded.sample(SampleRequest("hang", (1,)))) for _ in range(40)]
-        while not hook.num_calls:
-            await asyncio.sleep(0.01)
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as client:
-            answer = await client.post("/v1/images/generations", json={"prompt": "quick"})
+        hung = [asyncio.ensure_future(guarded.sample(SampleRequest("hang", (1,)))) for _ in range(most)]
+        await asyncio.to_thread(wait_until, lambda: len(hook.calls) == most)
         for task in hung:
             task.cancel()
         await asyncio.wait(hung)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1") as client:
+            answer = await client.post("/v1/images/generations", json={"prompt": "quick", "timeout": 30})
         hook.may_end.set()
         return answer.status_code
 
     assert asyncio.run(ask()) == 200
-    assert hook.num_calls == 8
+    assert hook.calls == ["hang"] * most + ["quick", "quick"]
+
+
+def test_a_hook_is_asked_about_all_pictures_of_a_request_at_once() -> None:
+    all_asked = threading.Barrier(4)
+
+    def hook(_prompt: str, image: Images | None) -> str | None:
+        return None if image is None else f"picture {all_asked.wait(30)}"
+
+    sampled = asyncio.run(guarded_by(hook).sample(SampleRequest("quick", (1, 2, 3, 4))))
+    assert sampled.images.shape == (4, 16, 16, 3)
+
+
+def test_a_hook_that_fails_at_one_picture_is_asked_about_no_further_ones() -> None:
+    def hook(_prompt: str, image: Images | None) -> None:
+        if image is not None:
+            raise TimeoutError("the service does not answer")
+
+    with pytest.raises(TimeoutError, match="the service does not answer"):
+        asyncio.run(guarded_by(hook).sample(SampleRequest("quick", (1, 2))))
+
+
+def test_a_hook_that_hangs_is_given_up_and_said_once_by_log_and_readyz(
+    hook: Hook, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(safety, "_LONGEST_S", 0.05)
+    calls = SafetyCalls(hook)
+    behind: Any = GuardedModel(Networks(), 16, Meter(), calls)  # pyright: ignore[reportArgumentType]
+    gate = Gate(safety=calls)
+    gate.open(create_app(behind, None, ApiSettings(ModelCard("tiny", 16))))
+    client = TestClient(gate, base_url="http://127.0.0.1")
+    for _ in range(2):
+        answer = client.post("/v1/images/generations", json={"prompt": "hang"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
+        assert "the server's safety hook has not answered within 0.05 s" in answer.json()["error"]["message"]
+    assert client.get("/readyz").json() == {"status": "ok", "note": "calls of the safety hook hang: 2 of 32"}
+    assert client.post("/v1/images/generations", json={"prompt": "quick"}).status_code == 200
+    hook.may_end.set()
+    wait_until(lambda: client.get("/readyz").json() == {"status": "ok"})
+    begun, ended = (record.getMessage() for record in caplog.records if "safety_hook" in record.getMessage())
+    assert begun.startswith("serve.safety_hook has not answered for 0.05 s")
+    assert ended == "serve.safety_hook: no call hangs any more"

@@ -20,10 +20,11 @@ from pipeline.errors import ConfigError, StepError
 from pipeline.recipe.picture_card import ModelCard
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.gate import Gate
-from pipeline.serve.guarded_model import GuardedModel, load_hook
+from pipeline.serve.guarded_model import GuardedModel
 from pipeline.serve.guards import AccessLog, Guards, GuardSettings, RequestFacts
 from pipeline.serve.keys import Key, KeyRing, Meter, Scope, add_key, read_keys, revoke_key
 from pipeline.serve.protocols import Accepted, Images, NeighbourRow, NotServing, Overloaded, Preview, SampledPictures
+from pipeline.serve.safety import SafetyCalls, load_hook
 from tests.tiny.command import unclip_here
 from tests.tiny.shards import pixels, plain_picture
 
@@ -56,7 +57,8 @@ def guarded(
     index: Any = None,
 ) -> Guards:
     meter = Meter(clock=lambda: 0.0)
-    behind: Any = GuardedModel(model or WhiteModel(), 16, meter, hook)  # pyright: ignore[reportArgumentType]
+    safety = SafetyCalls(hook) if hook else None
+    behind: Any = GuardedModel(model or WhiteModel(), 16, meter, safety)  # pyright: ignore[reportArgumentType]
     app = create_app(behind, index, ApiSettings(ModelCard("tiny", 16)))
     return Guards(app, settings, KeyRing(keys) if keys else None, meter)
 
