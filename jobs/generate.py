@@ -172,11 +172,14 @@ def serve(
 
     from pipeline.runtime.kept_ray import KeptRay
     from pipeline.serve.keeper import keep
+    from pipeline.serve.keys import read_keys
 
     served, words = load(), recipe_words(recipe, overrides)
     is_here = served.serve.mode == "process"
     if is_here and address:
         raise ConfigError('--address: serve.mode = "process" uses no Ray; with "replica" the networks run on a cluster')
+    if served.serve.keys:
+        read_keys(Path(served.serve.keys))  # a mistake ends this command, and no server that is started again
     own_ray = None if address or is_here else KeptRay(typer.echo, has_spare=served.serve.spare)
     kept = keep(served.serve, typer.echo, own_ray and own_ray.hold)
     from pipeline.serve.http_server import url_of

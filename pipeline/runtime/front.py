@@ -39,7 +39,7 @@ class Front:
         before: What this process has served until now: its counts go on, also those of what keys have used.
 
     Raises:
-        ConfigError: If a key, the safety hook or the log cannot be used, or traces need a package that is missing.
+        ConfigError: If the keys, the safety hook or the log cannot be used, or traces need a package that is missing.
     """
 
     def __init__(

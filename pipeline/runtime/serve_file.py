@@ -1,5 +1,6 @@
 """A file for `serve deploy`: Ray Serve then runs the HTTP interface too, behind its own proxies."""
 
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -24,6 +25,7 @@ from pipeline.runtime.parts import (
 from pipeline.runtime.served import served_by, server_name
 from pipeline.serve.guards import require_keys
 from pipeline.serve.http_server import is_loopback
+from pipeline.serve.keys import read_keys
 
 HTTP = "http"
 LEDGER = "ledger"
@@ -65,12 +67,15 @@ def serve_file(recipe: Recipe, announce: Announce) -> str:
         announce: Takes lines for people: which version has an alias, and why there are no neighbours.
 
     Raises:
-        ConfigError: If a network is not finished, or the server would be open to other machines without keys.
+        ConfigError: If a network is not finished, a key is wrong, or the server would be open to other machines
+            without keys.
     """
     config = recipe.serve
     if config.mode == "process":
         raise ConfigError('serve.mode = "process" uses no Ray; choose "replica" or "chain" for a file of Ray Serve')
     require_keys(config)
+    if config.keys and Path(config.keys).exists():  # else it is in the image, or on those machines alone
+        read_keys(Path(config.keys))
     served = served_by(recipe)
     for fact in served.facts:
         announce(fact)

@@ -85,23 +85,26 @@ def add_key(path: Path, name: str, scopes: Sequence[Scope] = SCOPES, **limits: i
             raise ConfigError(f"{path}: has a key named {name!r}; revoke it first, or take another name")
         secret = _PREFIX + secrets.token_urlsafe(32)
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        _write(path, [*keys, Key(name, digest_of(secret), tuple(scopes), **limits, created=created)])
+        key = Key(name, digest_of(secret), tuple(scopes), **limits, created=created)
+        _write(path, [asdict(one) for one in (*keys, key)])
     return secret
 
 
 def revoke_key(path: Path, name: str) -> None:
     """Take a key out of a file; running servers notice at their next request.
 
+    The other keys stay as they are, also one with a mistake, which must not keep a key that has leaked.
+
     Raises:
         ConfigError: If the file cannot be read, or written with its owner and mode, or has no key of that name.
         StepError: If another process changes it at this moment.
     """
-    read_keys(path)  # a path that was mistyped gets no folder for a lock
+    _read_rows(path)  # a path that was mistyped gets no folder for a lock
     with _changing(path):
-        keys = read_keys(path)
-        rest = [key for key in keys if key.name != name]
-        if len(rest) == len(keys):
-            names = ", ".join(key.name for key in keys) or "none"
+        rows = _read_rows(path)
+        rest = [row for row in rows if _words_of(row).get("name") != name]
+        if len(rest) == len(rows):
+            names = ", ".join(str(_words_of(row).get("name")) for row in rows) or "none"
             raise ConfigError(f"{path}: has no key named {name!r}; its keys: {names}")
         _write(path, rest)
 
@@ -134,21 +137,33 @@ def _read(path: Path) -> tuple[list[Key], list[_Mistake]]:
     Raises:
         ConfigError: If it is not there, or not such a file.
     """
+    keys, mistakes = list[Key](), list[_Mistake]()
+    for number, row in enumerate(_read_rows(path), 1):
+        try:
+            keys.append(_KEY.validate_python(row))
+        except ValidationError as error:
+            words = _words_of(row)
+            which = f"the key {words['name']!r}" if words.get("name") else f"key number {number}"
+            mistakes.append(_Mistake(words.get("sha256"), f"{path}: {which}: {_reason(error)}"))
+    return keys, mistakes
+
+
+def _read_rows(path: Path) -> list[Any]:
+    """The keys of a file as it has them.
+
+    Raises:
+        ConfigError: If it is not there, or not such a file.
+    """
     try:
-        rows = _ROWS.validate_python(json.loads(path.read_bytes())["keys"])
+        return _ROWS.validate_python(json.loads(path.read_bytes())["keys"])
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file of keys; first: unclip keys add {path} NAME") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: not a file of keys, as `unclip keys` writes it ({type(error).__name__})") from None
-    keys, mistakes = list[Key](), list[_Mistake]()
-    for number, row in enumerate(rows, 1):
-        try:
-            keys.append(_KEY.validate_python(row))
-        except ValidationError as error:
-            words = cast("dict[str, Any]", row) if isinstance(row, dict) else {}
-            which = f"the key {words['name']!r}" if words.get("name") else f"key number {number}"
-            mistakes.append(_Mistake(words.get("sha256"), f"{path}: {which}: {_reason(error)}"))
-    return keys, mistakes
+
+
+def _words_of(row: Any) -> dict[str, Any]:
+    return cast("dict[str, Any]", row) if isinstance(row, dict) else {}
 
 
 def _reason(error: ValidationError) -> str:
@@ -183,10 +198,10 @@ def _changing(path: Path) -> Generator[None]:
             lock.unlink(missing_ok=True)
 
 
-def _write(path: Path, keys: Sequence[Key]) -> None:
+def _write(path: Path, rows: Sequence[Any]) -> None:
     """Replace the file, or the one that a link leads to; who could read it can read it afterwards."""
     file = path.resolve()
-    text = json.dumps({"keys": [asdict(key) for key in keys]}, indent=1)
+    text = json.dumps({"keys": rows}, indent=1)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")  # its mode is 0600
@@ -211,21 +226,24 @@ def _write(path: Path, keys: Sequence[Key]) -> None:
 class KeyRing:
     """The keys of a file, read again when it changes.
 
-    A key that is wrong then holds as it was, and all others as they are now. What is amiss is said once in the log.
+    A key that is wrong holds as it was read before, if it was, and all others as they are now. What is amiss is said
+    once in the log. A process that is started again must not stop at a mistake that the one before it could bear, so
+    whoever starts a server calls ``read_keys`` first.
 
     Args:
         path: The file.
 
     Raises:
-        ConfigError: As ``read_keys``.
+        ConfigError: If it is not there, or not such a file.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._stamp: tuple[int, ...] | None = self._stamp_of_file()
-        self._keys = {key.sha256: key for key in read_keys(path)}
+        self._keys = dict[str, Key]()
         self._logged = ""
         """What is amiss, as the log says it; empty: nothing."""
+        self._stamp: tuple[int, ...] | None = self._stamp_of_file()
+        self._take(*_read(path))
 
     def look(self) -> str:
         """Read the file again if it has changed.
@@ -244,13 +262,8 @@ class KeyRing:
                 self._stamp = None  # the same file may come back
                 self._say(f"{error}; until it can be read, requests are refused")
                 raise ConfigError(UNREADABLE) from None
-            before, self._stamp = self._keys, stamp
-            self._keys = {key.sha256: key for key in keys}
-            for one in mistakes:
-                if isinstance(one.sha256, str) and one.sha256 in before:
-                    self._keys.setdefault(one.sha256, before[one.sha256])
-            amiss = "; ".join(one.message for one in mistakes)
-            self._say(f"{amiss} - until that is mended, such a key holds as it was read before" if amiss else "")
+            self._stamp = stamp
+            self._take(keys, mistakes)
         return "a change of the server's keys has a mistake and does not hold" if self._logged else ""
 
     def find(self, secret: str) -> Key | None:
@@ -261,6 +274,15 @@ class KeyRing:
     def of_digest(self, sha256: str) -> Key | None:
         """The key with a digest, as the file was when it was read last."""
         return self._keys.get(sha256)
+
+    def _take(self, keys: Sequence[Key], mistakes: Sequence[_Mistake]) -> None:
+        """Let these keys hold, and say what is wrong."""
+        before, self._keys = self._keys, {key.sha256: key for key in keys}
+        for one in mistakes:
+            if isinstance(one.sha256, str) and one.sha256 in before:
+                self._keys.setdefault(one.sha256, before[one.sha256])
+        amiss = "; ".join(one.message for one in mistakes)
+        self._say(f"{amiss} - until that is mended, such a key holds as it was read before, if it was" if amiss else "")
 
     def _say(self, amiss: str) -> None:
         """Log what is amiss, or that nothing is any more."""

@@ -139,6 +139,17 @@ def test_every_process_shows_what_all_of_them_measure() -> None:
     }
 
 
+def test_a_file_is_not_written_for_keys_with_a_mistake(tmp_path: Path) -> None:
+    keys = tmp_path / "keys.json"
+    keys.write_text('{"keys": [{"name": "alice", "sha256": "a", "request": 5}]}')
+    served = parse_recipe({"workspace": str(tmp_path / "none"), "serve": {"keys": str(keys)}})
+    with pytest.raises(ConfigError, match="the key 'alice': unknown word 'request'"):
+        serve_file(served, pytest.fail)
+    keys.unlink()  # it may be on the machines of the cluster alone
+    with pytest.raises(ConfigError, match="is not finished"):
+        serve_file(served, pytest.fail)
+
+
 def test_the_file_scales_the_http_processes_and_shares_their_limits(recipe: Recipe) -> None:
     def written(**gateway: Any) -> tuple[Any, Any]:
         tables = {"serve": {"gateway": gateway}}

@@ -18,6 +18,7 @@ from starlette.testclient import TestClient
 from models.request import SampleRequest
 from pipeline.errors import ConfigError, StepError
 from pipeline.recipe.picture_card import ModelCard
+from pipeline.serve import keeper
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.gate import Gate
 from pipeline.serve.guarded_model import GuardedModel
@@ -158,11 +159,45 @@ def test_a_wrong_word_in_the_file_of_keys_is_refused(keys: Path, words: dict[str
     add_key(keys, "alice"), add_key(keys, "bob")
     wrong = with_row(keys, words)
     keys.write_bytes(wrong)
-    for act in (lambda: KeyRing(keys), lambda: add_key(keys, "carol"), lambda: revoke_key(keys, "bob")):
+    for act in (lambda: read_keys(keys), lambda: add_key(keys, "carol")):
         with pytest.raises(ConfigError) as error:
             act()
         assert str(error.value).startswith(f"{keys}: the key 'alice': {reason}")
     assert keys.read_bytes() == wrong
+
+
+def test_a_key_is_revoked_beside_one_with_a_mistake_and_that_one_too(keys: Path) -> None:
+    add_key(keys, "alice"), add_key(keys, "bob")
+    keys.write_bytes(with_row(keys, {"request": 5}))
+    [alice, _] = json.loads(keys.read_text())["keys"]
+    revoke_key(keys, "bob")
+    assert json.loads(keys.read_text()) == {"keys": [alice]}
+    revoke_key(keys, "alice")
+    assert read_keys(keys) == []
+
+
+def test_a_server_that_is_started_again_leaves_out_a_key_with_a_mistake(
+    keys: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    alice, bob = add_key(keys, "alice"), add_key(keys, "bob")
+    keys.write_bytes(with_row(keys, {"request": 5}))
+    ring = KeyRing(keys)
+    gate = Gate(ring)
+    gate.open(guarded().app)
+    app = Guards(gate, keys=ring)
+    assert [ask(app, key).status_code for key in (alice, bob)] == [401, 200]
+    assert client_of(app).get("/readyz").json()["note"].startswith("a change of the server's keys has a mistake")
+    [line] = key_lines(caplog)
+    assert f"{keys}: the key 'alice': unknown word 'request'" in line
+
+
+def test_serve_is_not_started_with_a_mistake_in_the_keys(keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_key(keys, "alice")
+    keys.write_bytes(with_row(keys, {"request": 5}))
+    monkeypatch.setattr(keeper, "keep", Mock(side_effect=AssertionError("a server is started")))
+    done = unclip_here("serve", "configs/demo.toml", "--set", f"serve.keys={keys}")
+    assert done.returncode == 2
+    assert "the key 'alice': unknown word 'request'" in done.stderr
 
 
 def test_a_row_without_a_name_or_words_is_named_by_its_number(keys: Path) -> None:
