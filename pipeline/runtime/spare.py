@@ -11,11 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import grpc
 import psutil
-import ray
-from ray._private.grpc_utils import init_grpc_channel
-from ray.core.generated import node_manager_pb2, node_manager_pb2_grpc
 
 from pipeline.runtime.connection import are_alive
 
@@ -44,36 +40,49 @@ def keep_spare(servers: Sequence[psutil.Process], announce: Callable[[str], None
 
     Args:
         servers: Of our own Ray.
-        announce: Told once if Ray starts none: a replica that is killed then takes longer to be back.
+        announce: Takes a line if Ray starts none, for whatever reason: a replica that is killed then takes longer to be
+            back, and nothing else is amiss.
     """
-    [raylet] = (server for server in servers if server.name() == "raylet")
-    threading.Thread(target=_keep, args=(raylet, announce), name="unclip-spare", daemon=True).start()
+    threading.Thread(target=_keep, args=(servers, announce), name="unclip-spare", daemon=True).start()
 
 
-def _keep(raylet: psutil.Process, announce: Callable[[str], None]) -> None:
+def _keep(servers: Sequence[psutil.Process], announce: Callable[[str], None]) -> None:
+    address, is_failing = "", False
+    while are_alive([*servers]):
+        try:
+            [raylet] = (server for server in servers if server.name() == "raylet")
+            address = address or _address()
+            if not any(map(_is_idle, raylet.children())):
+                _start_one(address)
+        except Exception as error:  # noqa: BLE001  (private parts of Ray, which no request depends on)
+            if not is_failing and are_alive([*servers]):
+                announce(f"Ray keeps no spare process, so a replica that dies takes longer to be back: {error!r}")
+            is_failing = True
+        else:
+            is_failing = False
+        time.sleep(_LOOK_EVERY_S)
+
+
+def _address() -> str:
+    """Of the raylet, ``host:port``."""
+    import ray
+
     [node] = ray.nodes()
-    channel: Any = init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}")
-    with channel:
-        stub: Any = node_manager_pb2_grpc.NodeManagerServiceStub(channel)
-        is_failing = False
-        while are_alive([raylet]):
-            try:
-                if not any(map(_is_idle, raylet.children())):
-                    stub.PrestartWorkers(_one(), timeout=_ANSWERS_S)
-            except (grpc.RpcError, psutil.Error) as error:
-                if not is_failing and are_alive([raylet]):
-                    announce(f"Ray keeps no spare process, so a replica that dies takes longer to be back: {error!r}")
-                is_failing = True
-            else:
-                is_failing = False
-            time.sleep(_LOOK_EVERY_S)
+    return f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
 
 
-def _one() -> Any:
+def _start_one(address: str) -> None:
+    """Ask the raylet for a process, by a call for which Ray has no Python function."""
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated import node_manager_pb2, node_manager_pb2_grpc
+
     messages: Any = node_manager_pb2  # its classes are made when it is imported
     request = messages.PrestartWorkersRequest(num_workers=1, keep_alive_duration_secs=_KEEP_S)
     request.runtime_env_info.serialized_runtime_env = "{}"
-    return request
+    channel: Any = init_grpc_channel(address)
+    with channel:
+        stub: Any = node_manager_pb2_grpc.NodeManagerServiceStub(channel)
+        stub.PrestartWorkers(request, timeout=_ANSWERS_S)
 
 
 def _is_idle(process: psutil.Process) -> bool:
