@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.addresses import without_secrets
+from pipeline.addresses import HIDDEN, without_secrets, words_without_secrets
 from pipeline.errors import ConfigError, UnclipError
 from pipeline.recipe.last_run import PLAN
 from pipeline.recipe.steps import STEP_ROWS
@@ -51,8 +51,13 @@ def recipe_words(recipe: str, overrides: list[str] | None) -> str:
 
 
 def with_recipe(text: str, words: str) -> str:
-    """A text whose proposed commands have these words of a recipe in the place of RECIPE."""
-    return _OF_RECIPE.sub(lambda command: f"{command[1]} {words}", text)
+    """A text whose proposed commands have these words of a recipe in the place of RECIPE.
+
+    It may be kept in a log that other people read, so the words are without passwords, and it says so.
+    """
+    shown = words_without_secrets(words)
+    proposed, number = _OF_RECIPE.subn(lambda command: f"{command[1]} {shown}", text)
+    return f"{proposed} ({HIDDEN})" if number and "***" in shown else proposed
 
 
 @contextlib.contextmanager
@@ -104,6 +109,8 @@ def print_next(*commands: str) -> None:
     typer.echo("next:", err=True)
     for command in commands:
         typer.echo(f"  {command}", err=True)
+    if any("***" in command for command in commands):  # of a job, whose log other people read
+        typer.echo(f"  ({HIDDEN})", err=True)
 
 
 def print_json(value: Any) -> None:

@@ -6,8 +6,12 @@ from typing import Any, cast
 
 _PASSWORD = re.compile(r"\A((?:[\w+.-]*:)?//)?+([^:/@]*):.*@", re.DOTALL)
 """Scheme, user and password of an address, which may have any letter: rather too much is hidden than a part shown."""
-_IN_TEXT = re.compile(r"(?<![\w+.-])[\w+.-]++://[^\s\"]*[^\s\"'`.,:;<>()\[\]{}]")
-"""An address in a sentence, without the sentence's own marks behind it."""
+_IN_TEXT = re.compile(r"(?<![\w+.-])[\w+.-]++://(?:[^\s:/@\"]*+:(?!\s)[^/@\"\n]*+@)?+[^\s\"]*[^\s\"'`.,:;<>()\[\]{}]")
+"""An address in a sentence, without the sentence's own marks behind it; its password may hold a space."""
+_WITHOUT_SCHEME = re.compile(r"(?!hf-hub:|local-dir:)[^\s:/@]+:\S+@[\w.-]+(:\d+)?(/\S*)?")
+"""An address with a password that is the whole value of a field, and no sentence with a colon and an @."""
+HIDDEN = "*** stands for what your own command has there"
+"""For whoever reads a command that was cleaned."""
 _BEGINS = re.compile(r"(?:[\w+.-]+:)?//")
 """A text that is an address as a whole: its password may hold a space."""
 
@@ -34,8 +38,10 @@ def words_without_secrets(words: str) -> str:
 
 def _word_without_secrets(word: str) -> str:
     name, is_set, value = word.partition("=")
-    # In ``name=value`` the address may lack its scheme.
-    return f"{name}={without_secrets(without_password(value))}" if is_set else without_secrets(word)
+    if not is_set:
+        return without_secrets(word)
+    is_address = _BEGINS.match(value) or _WITHOUT_SCHEME.fullmatch(value)
+    return f"{name}={without_secrets(without_password(value) if is_address else value)}"
 
 
 def values_without_secrets(value: Any) -> Any:

@@ -3,18 +3,27 @@
 import dataclasses
 import http.server
 import pickle
+import shlex
 import threading
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import tomli_w
 
-from pipeline.addresses import values_without_secrets, without_password, without_secrets, words_without_secrets
+from jobs.options import print_next
+from pipeline.addresses import (
+    HIDDEN,
+    values_without_secrets,
+    without_password,
+    without_secrets,
+    words_without_secrets,
+)
 from pipeline.errors import ConfigError, DataError, ResumeError, StepError, UnclipError
 from pipeline.recipe.plan import artifact_of, make_plan, manifest_of
-from pipeline.recipe.recipe import load_recipe
+from pipeline.recipe.recipe import load_recipe, parse_recipe
 from pipeline.workspace.store import Workspace
 from tests.tiny.command import unclip_here
 
@@ -42,6 +51,8 @@ def test_an_address_is_shown_without_its_password(address: str, shown: str) -> N
         ("list 2: https://b/a.csv?X-Sig=secret: damaged", "list 2: https://b/a.csv?***: damaged"),
         ("404, url=URL('https://b/a.csv?X-Sig=secret')", "404, url=URL('https://b/a.csv?***')"),
         ("from (s3://me:secret@a/b), sftp://me:se,cret@c/d;", "from (s3://me:***@a/b), sftp://me:***@c/d;"),
+        ("postgresql://me:my secret@db/ml: refused", "postgresql://me:***@db/ml: refused"),
+        *((same, same) for same in ("at http://h: ask me@x", "at http://h/a: see b@c")),
         *((same, same) for same in ("prior: step 3", "no dashboard at http://127.0.0.1:8265: refused", "a://")),
         *((same, same) for same in ("choose one, such as s3://b/**/*.csv", "https://b/part-?.csv: cut off")),
     ],
@@ -65,7 +76,26 @@ def test_values_and_words_are_shown_without_the_secrets_of_addresses() -> None:
     assert words_without_secrets(words) == "'my demo.toml' --set 'pairs.path=https://me:***@b/a.csv' --set seed=1"
 
 
-@pytest.mark.parametrize("text", ["a" * 200_000 + "://", "a://" + ":" * 200_000, "a://b" + "?" * 200_000])
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ("tracking.uri=me:secret@host:5000", "tracking.uri=me:***@host:5000"),
+        ("tracking.uri=me:secret@host/x", "tracking.uri=me:***@host/x"),
+        ("tracking.uri=http://me:my secret@host", "'tracking.uri=http://me:***@host'"),
+        ("x=a cat: happy @ home", "'x=a cat: happy @ home'"),
+        ("x=what? a=b", "'x=what? a=b'"),
+        ("x=a:b@c d", "'x=a:b@c d'"),
+        ("x=12:30 @ the=sea?", "'x=12:30 @ the=sea?'"),
+    ],
+)
+def test_a_command_keeps_what_is_no_secret(word: str, shown: str) -> None:
+    words = words_without_secrets(shlex.quote(word))
+    assert shlex.split(words) == shlex.split(shown)
+
+
+@pytest.mark.parametrize(
+    "text", ["a" * 200_000 + "://", "a://" + ":" * 200_000, "a://b" + "?" * 200_000, "a://b:c " * 30_000]
+)
 def test_a_strange_text_is_read_once(text: str) -> None:
     assert without_secrets(text) == text
 
@@ -101,6 +131,25 @@ def test_commands_say_what_is_wrong_with_a_list_without_the_secrets_of_its_addre
         assert "secret" not in done.stdout + done.stderr
 
 
+def test_the_command_that_an_error_proposes_holds_no_secret_and_says_so(tmp_path: Path) -> None:
+    recipe = tmp_path / "my.toml"
+    recipe.write_text(tomli_w.dumps({"workspace": str(tmp_path / "w")}))
+    words = ["sample", str(recipe), "a cat", "--set"]
+    secret, plain = (unclip_here(*words, change) for change in ("tracking.uri=http://me:secret@h", "seed=1"))
+    assert "secret" not in secret.stdout + secret.stderr
+    assert f"unclip run {recipe} --set 'tracking.uri=http://me:***@h'" in secret.stderr
+    assert HIDDEN in secret.stderr
+    assert f"unclip run {recipe} --set seed=1" in plain.stderr
+    assert HIDDEN not in plain.stderr
+
+
+def test_what_is_proposed_after_a_job_says_what_is_hidden(capsys: pytest.CaptureFixture[str]) -> None:
+    print_next("unclip status my.toml --set 'pairs.path=https://h/a.csv?***'")
+    assert capsys.readouterr().err.endswith(f"  ({HIDDEN})\n")
+    print_next("unclip status my.toml")
+    assert HIDDEN not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("options", [[], ["--json"]])
 def test_a_plan_names_another_address_without_its_secrets(options: list[str], tmp_path: Path) -> None:
     recipe = tmp_path / "my.toml"
@@ -128,3 +177,12 @@ def test_the_command_of_a_job_holds_no_secret_of_an_address(monkeypatch: pytest.
     change = "tracking.uri=http://me:secret@host:5000"
     unclip_here("submit", "configs/demo.toml", "--set", change, "--address", "http://h:1", "--json")
     assert options["shown_as"] == "configs/demo.toml --set 'tracking.uri=http://me:***@host:5000'"
+
+
+def test_the_dashboard_of_a_job_shows_no_secret_of_its_workspace(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.runtime import jobs
+
+    client = Mock(list_jobs=list)
+    monkeypatch.setattr(jobs, "dashboard_client", lambda _: (client, "http://h:1"))
+    jobs.submit_recipe(parse_recipe({"workspace": "s3://me:secret@bucket/w", "tracking": {"uri": "http://h:5000"}}))
+    assert client.submit_job.call_args.kwargs["metadata"]["workspace"] == "s3://me:***@bucket/w"
