@@ -92,13 +92,13 @@ class ClusterLimits:
                 answer = self._actor.start_all.remote([(one.host, one.reservation) for one in requests], released)
                 if not requests:  # nobody waits for it
                     return
-                leases: list[int] = await answer
-            except ray.exceptions.RayError as error:
+                leases: list[tuple[_Request, int]] = list(zip(requests, await answer, strict=True))
+            except Exception as error:  # noqa: BLE001  (whoever asked gets it)
                 for request in requests:
                     if not request.lease.done():
                         request.lease.set_exception(error)
                 continue
-            for request, lease in zip(requests, leases, strict=True):
+            for request, lease in leases:
                 if not request.lease.done():
                     request.lease.set_result(lease)
                 elif lease != NO_LEASE:  # who asked has been cancelled

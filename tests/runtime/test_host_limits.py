@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
+import pytest
 import ray.exceptions
 
 from pipeline.data.hosts import NO_LEASE, HostLimits
@@ -72,11 +73,19 @@ def test_a_request_that_is_cancelled_gives_back_what_it_asked_for() -> None:
     asyncio.run(use())
 
 
-def test_every_request_hears_that_the_limits_are_gone() -> None:
+@pytest.mark.parametrize(
+    ("error", "heard"),
+    [
+        (ray.exceptions.ActorDiedError(), StepError),
+        (ray.exceptions.RaySystemError("ended"), None),
+        (ValueError(), None),
+    ],
+)
+def test_every_request_hears_why_the_limits_do_not_answer(error: Exception, heard: type[Exception] | None) -> None:
     async def use() -> None:
-        limits = ClusterLimits(_Actor(ray.exceptions.ActorDiedError()))
-        answers = await asyncio.gather(*(limits.start(host) for host in "ab"), return_exceptions=True)
-        assert [type(answer) for answer in answers] == [StepError, StepError]
+        limits = ClusterLimits(_Actor(error))
+        answers = asyncio.gather(*(limits.start(host) for host in "ab"), return_exceptions=True)
+        assert [type(answer) for answer in await asyncio.wait_for(answers, 30)] == [heard or type(error)] * 2
 
     asyncio.run(use())
 
