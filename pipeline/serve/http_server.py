@@ -1,10 +1,13 @@
 """The socket of a server, the thread that answers on it, and the end of connections that stand still."""
 
 import ipaddress
+import logging
+import math
 import socket
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -18,6 +21,8 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from pipeline.errors import StepError
 from pipeline.serve.web import ApiError, add_headers
 
+_log = logging.getLogger(__name__)
+
 _BACKLOG = 2048
 _KEEP_ALIVE_S = 65
 _END_S = 5
@@ -28,6 +33,7 @@ _LOOK_EVERY_TICKS = 10
 _MAX_HEAD_BYTES = 1 << 16
 _MAX_HEAD_FIELDS = 128
 """Apache's limit is 100."""
+_SAY_EVERY_S = 60.0
 _UVICORN = cast("Any", AutoHTTPProtocol)
 
 
@@ -70,6 +76,28 @@ class HttpServer:
         self._socket.close()
 
 
+class _Refusals:
+    """Says in the log what the guards never see, once a minute for each reason: who sends many must not fill it."""
+
+    def __init__(self) -> None:
+        self._numbers = Counter[str]()
+        """Since the last line."""
+        self._said_s: dict[str, float] = {}
+
+    def note(self, error: ApiError, client: str) -> None:
+        """A request was refused before it was read."""
+        reason, now_s = str(error), time.monotonic()
+        self._numbers[reason] += 1
+        if now_s - self._said_s.get(reason, -math.inf) >= _SAY_EVERY_S:
+            number, self._said_s[reason] = self._numbers.pop(reason), now_s
+            _log.warning(
+                "refused before it was read (%d since the last such line), from %s: %s", number, client, reason
+            )
+
+
+_refusals = _Refusals()
+
+
 class _Protocol(_UVICORN):
     """Uvicorn's protocol, which would answer in plain text what it cannot read."""
 
@@ -78,7 +106,8 @@ class _Protocol(_UVICORN):
         self._refuse(ApiError(400, "this is no HTTP request that can be read", code="invalid_request"))
 
     def _refuse(self, error: ApiError) -> None:
-        """Answer, and end the connection."""
+        """Answer, say so, and end the connection."""
+        _refusals.note(error, self.client[0] if self.client else "a client without an address")
         answer = error.response()
         add_headers(answer.headers, uuid.uuid4().hex)
         answer.headers["Connection"] = "close"

@@ -134,6 +134,30 @@ def test_a_head_has_an_end(server: HttpServer, request_: bytes, monkeypatch: pyt
         assert b"here" in link.recv(4096)
 
 
+def test_what_is_refused_before_it_is_read_is_said_once_a_minute(
+    server: HttpServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(http_server, "_refusals", http_server._Refusals())
+
+    def refuse() -> None:
+        for request in (_LINE + b"X: b\r\n" * http_server._MAX_HEAD_FIELDS + b"X", b"nonsense\r\n\r\n"):
+            with _connected(server, request) as link:
+                _received(link)
+
+    refuse(), refuse()
+    fields, nonsense = (record.getMessage() for record in caplog.records)
+    assert fields == (
+        "refused before it was read (1 since the last such line), from 127.0.0.1: "
+        "the head of the request is above 65536 bytes or 128 fields"
+    )
+    assert "no HTTP request" in nonsense
+    caplog.clear()
+    monkeypatch.setattr(http_server, "_SAY_EVERY_S", 0.0)
+    refuse()
+    assert all("(2 since the last such line)" in record.getMessage() for record in caplog.records)
+    assert len(caplog.records) == 2
+
+
 @pytest.mark.parametrize("fields", [b"X: b\r\n" * http_server._MAX_HEAD_FIELDS, b"X: " + b"a" * _FULL])
 def test_what_follows_a_body_in_chunks_has_an_end(
     server: HttpServer, fields: bytes, monkeypatch: pytest.MonkeyPatch
