@@ -21,7 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from models.request import SampleRequest
 from pipeline.runtime.parts import NEIGHBOURS
 from pipeline.runtime.replicas import Hop
-from pipeline.serve.deadlines import end_of, read_error
+from pipeline.serve.deadlines import end_of, left_of, read_error
 from pipeline.serve.estimate import PartLoad, load_of_all
 from pipeline.serve.fair_queue import is_full
 from pipeline.serve.protocols import (
@@ -406,10 +406,7 @@ def _left(request: SampleRequest, hop: Hop | None, ends_s: float) -> SampleReque
         DeadlinePassed: If all of it is.
     """
     if request.timeout_s:
-        left_s = ends_s - time.monotonic()
-        if left_s <= 0:
-            raise DeadlinePassed("the time of the request was up before it was finished")
-        request = replace(request, timeout_s=left_s)
+        request = replace(request, timeout_s=left_of(ends_s))
     return replace(request, edit=None) if hop is not None and hop.step else request
 
 

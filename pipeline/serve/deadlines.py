@@ -41,7 +41,7 @@ def left_of(ends_s: float) -> float:
     """
     left_s = ends_s - time.monotonic()
     if left_s <= 0:
-        raise DeadlinePassed("the time of the request was up before it was finished")
+        raise DeadlinePassed
     return 0.0 if left_s == math.inf else left_s
 
 
@@ -62,7 +62,7 @@ async def until(ends_s: float, answer: Awaitable[T], *, grace_s: float = 0.0) ->
             return await answer
     except TimeoutError:
         if limit.expired():
-            raise DeadlinePassed("the time of the request was up before it was finished") from None
+            raise DeadlinePassed from None
         raise
 
 

@@ -389,7 +389,7 @@ class EngineLoop:
         dropped = {pending for pending in self._unanswered() if pending.future.cancelled() or pending.ends_s <= now_s}
         for pending in dropped:
             if pending.future.set_running_or_notify_cancel():
-                pending.future.set_exception(DeadlinePassed("the time of the request was up before it was finished"))
+                pending.future.set_exception(DeadlinePassed())
         self._count_dropped(dropped)
         self._remove(dropped)
 

@@ -46,7 +46,14 @@ class TooLittleTime(Overloaded):
 
 
 class DeadlinePassed(Exception):
-    """The time of a request is up before its pictures are sampled."""
+    """The time of a request is up before its pictures are sampled.
+
+    Args:
+        reason: What has taken it, for people.
+    """
+
+    def __init__(self, reason: str = "the time of the request was up before it was finished") -> None:
+        super().__init__(reason)
 
 
 @dataclass(frozen=True)
