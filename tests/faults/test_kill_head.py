@@ -59,9 +59,8 @@ class _Machine:
             "--object-store-memory=80000000", "--disable-usage-stats",
         ]  # fmt: skip
         environment = {"RAY_AUTH_MODE": "disabled", "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
-        environment["RAY_gcs_rpc_server_reconnect_timeout_s"] = (
-            "20"  # in place of 60: so long it trains on without a head
-        )
+        # Without a head it trains on for 20 s, not for 60.
+        environment["RAY_gcs_rpc_server_reconnect_timeout_s"] = "20"
         while not self._ends.is_set():
             with (self._folder / "machine.log").open("ab") as log:
                 self._process = subprocess.Popen(

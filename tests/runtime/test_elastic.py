@@ -137,7 +137,7 @@ def test_a_machine_that_is_lost_and_one_that_comes(
 @pytest.mark.timeout(900)
 @pytest.mark.slow
 def test_a_worker_that_hangs_is_missed_and_replaced(tmp_path: Path) -> None:
-    num_steps = NUM_STEPS // 3
+    num_steps = NUM_STEPS // 2  # more than it takes to suspend a worker, however quick the machine is
     hung, done = (
         upsampler_context(
             _recipe(tmp_path, num_steps=num_steps, num_workers=2, cpus_per_worker=0.5, hang_timeout_s=10)
