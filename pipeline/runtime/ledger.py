@@ -76,7 +76,8 @@ class Exchange:
     def hear(self, others: dict[str, Uses]) -> None:
         """Charge what other processes have used since they were heard last.
 
-        Who is heard first is charged nothing, also after others were: a ledger that is new hears them by chance.
+        The first report of a process is charged nothing, whenever it comes: with a new ledger it is chance who reports
+        first.
         """
         for who, uses in others.items():
             before = self._heard.get(who, uses)
