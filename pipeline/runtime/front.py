@@ -55,7 +55,7 @@ class Front:
         self._safety = SafetyCalls(load_hook(config.safety_hook)) if config.safety_hook else None
         if config.provenance:
             Signer.read(Path(config.provenance))  # what cannot be read is said before anything starts
-        self.keys = KeyRing(Path(config.keys)) if config.keys else None
+        self.keys = KeyRing(Path(config.keys), before.keys if before else None) if config.keys else None
         self.gate = Gate(self.keys, self._safety)
         settings = GuardSettings(config.hosts, config.access_log, config.log_prompts)
         spans = self.metrics.spans if config.traces else None

@@ -104,7 +104,7 @@ def revoke_key(path: Path, name: str) -> None:
         rows = _read_rows(path)
         rest = [row for row in rows if _words_of(row).get("name") != name]
         if len(rest) == len(rows):
-            names = ", ".join(str(_words_of(row).get("name")) for row in rows) or "none"
+            names = ", ".join(str(_words_of(row).get("name") or "one without a name") for row in rows) or "none"
             raise ConfigError(f"{path}: has no key named {name!r}; its keys: {names}")
         _write(path, rest)
 
@@ -232,14 +232,15 @@ class KeyRing:
 
     Args:
         path: The file.
+        before: What has held in this process until now; that of another file counts for nothing.
 
     Raises:
         ConfigError: If it is not there, or not such a file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, before: "KeyRing | None" = None) -> None:
         self._path = path
-        self._keys = dict[str, Key]()
+        self._keys = before._keys if before is not None and before._path == path else dict[str, Key]()
         self._logged = ""
         """What is amiss, as the log says it; empty: nothing."""
         self._stamp: tuple[int, ...] | None = self._stamp_of_file()

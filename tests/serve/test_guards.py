@@ -191,6 +191,17 @@ def test_a_server_that_is_started_again_leaves_out_a_key_with_a_mistake(
     assert f"{keys}: the key 'alice': unknown word 'request'" in line
 
 
+def test_a_key_with_a_mistake_outlasts_a_swap_but_no_change_to_another_file(keys: Path) -> None:
+    """By Ray Serve alone, a process that goes on has a new ring for each recipe."""
+    alice, other = add_key(keys, "alice"), keys.with_name("other.json")
+    before = KeyRing(keys)
+    for file in (keys, other):
+        file.write_bytes(with_row(keys, {"request": 5}))
+    kept, lost = KeyRing(keys, before).find(alice), KeyRing(other, before).find(alice)
+    assert kept is not None
+    assert (kept.name, lost) == ("alice", None)
+
+
 def test_serve_is_not_started_with_a_mistake_in_the_keys(keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     add_key(keys, "alice")
     keys.write_bytes(with_row(keys, {"request": 5}))
