@@ -9,14 +9,14 @@ hard negatives, CLIP and prior; then it samples the 240 held-out prompts and che
 demo itself. A row takes about half an hour of two cores, as `unclip run configs/ablations/NAME.toml` does, and half of
 them with half of the samples. No Ray runs. A recipe without a row was not measured.
 
-Rows without `steps` are of the demo as it was, with 2,200 steps of the decoder, of which they took half:
-`--share 0.3236` takes as many.
+Rows without `steps` are of the demo as it was: without a first decoder, with heads that read both ways and 2,200 steps
+of the decoder, of which they took half. Only these are to be compared with each other.
 
 All recipes see the same number of samples, or the same share of them, and not the same time of a processor: one
 attention is a tenth faster than the demo, and batches of 32 are twice as many steps of the optimizer. With `--seconds`
 each decoder gets as many steps as its own step, which is timed first, allows in so many seconds of processor time (on a
-GPU seconds). `steps` are those of the decoder, and `train_s` is the mean time of a row's trainings, to read the rates
-by; results that are older than a column lack it.
+GPU seconds); a first decoder and the decoder get half of them each. `steps` are those of both, and `train_s` is the
+mean time of a row's trainings, to read the rates by; results that are older than a column lack it.
 
 Rates are in per cent: the mean over the seeds, and after `+-` half of the distance between the lowest and the highest,
 if there are several.
@@ -78,44 +78,52 @@ class Setting:
     """Threads of a training."""
     num_prompts: int
     share: float = 1.0
-    """Share of the decoder's steps that its recipe says."""
+    """Share of the decoders' steps that the recipe says."""
     seconds: float = 0.0
-    """Processor time of the decoder's training; 0: as long as its steps take."""
+    """Processor time of the decoders' trainings; 0: as long as their steps take."""
 
 
 def train_and_check(path: Path, seed: int, setting: Setting) -> Json:
     """Train what a recipe changes in the demo, sample its held-out prompts and check them.
 
     Returns:
-        ``recipe``, ``seed``, ``steps`` of the decoder, ``train_s`` and ``pixel_check``.
+        ``recipe``, ``seed``, ``steps`` of both decoders, ``train_s`` and ``pixel_check``.
     """
     torch.set_num_threads(setting.num_threads)
-    demo, recipe = load_recipe(DEMO), with_steps(path, round(setting.share * load_recipe(path).decoder.train.num_steps))
+    demo, recipe = load_recipe(DEMO), load_recipe(path)
+    steps = {name: round(setting.share * recipe.trained()[name].train.num_steps) for name in _decoders(recipe)}
+    recipe, seconds = with_steps(path, steps), setting.seconds / len(steps)
     same = {step.name: step.key for step in make_plan(demo)}
-    inputs = dict(finished_artifacts(demo, ("pairs", "download", "embed", *CASCADE_STEPS)))
+    inputs = dict(finished_artifacts(demo, ("pairs", "download", "embed", "first_decoder", *CASCADE_STEPS)))
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         for step in make_plan(recipe):
-            if step.name in inputs and (step.key != same[step.name] or step.name == "decoder"):
+            if step.name in inputs and (step.key != same[step.name] or step.name in steps):
                 output = artifact_of(Workspace(folder), step)
                 if step.name == "embed":
                     _embed(recipe, inputs, output)
                 else:
                     job = _job(replace(recipe, seed=seed), step, inputs, output, setting)
-                    if step.name == "decoder" and setting.seconds:
-                        recipe = with_steps(path, steps_within(setting.seconds, job))
+                    if step.name in steps and seconds:
+                        steps[step.name] = steps_within(seconds, job)
+                        recipe = with_steps(path, steps)
                         job = replace(job, recipe=replace(recipe, seed=seed))
                     run_job(job, lambda *_: None)
                 output.commit(manifest_of(step, output))
                 inputs[step.name] = output
-        train_s, num_steps = time.monotonic() - start, recipe.decoder.train.num_steps
-        run = {"recipe": path.stem, "seed": seed, "steps": num_steps, "train_s": train_s}
+        train_s = time.monotonic() - start
+        run = {"recipe": path.stem, "seed": seed, "steps": sum(steps.values()), "train_s": train_s}
         return run | _check(recipe, inputs, setting)
 
 
-def with_steps(path: Path, num_steps: int) -> Recipe:
-    """A recipe whose decoder one worker trains for so many steps."""
-    return load_recipe(path, [f"decoder.train.num_steps={num_steps}", "decoder.resources.num_workers=1"])
+def _decoders(recipe: Recipe) -> list[str]:
+    return [name for name in ("first_decoder", "decoder") if name in recipe.trained()]
+
+
+def with_steps(path: Path, steps: Mapping[str, int]) -> Recipe:
+    """A recipe whose decoders one worker trains for so many steps."""
+    changes = [f"{name}.train.num_steps={number}" for name, number in steps.items()]
+    return load_recipe(path, changes + [f"{name}.resources.num_workers=1" for name in steps])
 
 
 def steps_within(seconds: float, job: TrainJob) -> int:
@@ -132,7 +140,8 @@ def steps_within(seconds: float, job: TrainJob) -> int:
 
 def _job(recipe: Recipe, step: Step, inputs: Mapping[str, Artifact], output: Artifact, setting: Setting) -> TrainJob:
     device = torch.device(setting.device)
-    return TrainJob(step.name, recipe, dict(inputs), output, step.key, device, num_threads=setting.num_threads)
+    own = {name: inputs[name] for name in step.inputs}
+    return TrainJob(step.name, recipe, own, output, step.key, device, num_threads=setting.num_threads)
 
 
 def _embed(recipe: Recipe, inputs: Mapping[str, Artifact], output: Artifact) -> None:
@@ -197,8 +206,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="Trainings at a time, each in a process of its own.")
     parser.add_argument("--device", default="cpu")
     lengths = parser.add_mutually_exclusive_group()
-    lengths.add_argument("--share", type=float, default=1.0, help="Share of the decoder's steps that the recipe says.")
-    lengths.add_argument("--seconds", type=float, default=0.0, help="Processor time of each decoder's training.")
+    lengths.add_argument("--share", type=float, default=1.0, help="Share of the decoders' steps that the recipe says.")
+    lengths.add_argument("--seconds", type=float, default=0.0, help="Processor time of a row's decoders.")
     parser.add_argument("--num-prompts", type=int, default=240)
     args = parser.parse_args()
     names = args.names or ["demo", *sorted(path.stem for path in ABLATIONS.glob("*.toml"))]

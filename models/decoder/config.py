@@ -46,6 +46,10 @@ class TextAdapterConfig:
     """Width of a learned embedding of each token, which is projected and added to its state (a table of vocabulary x
     token_width, as in ALBERT, arXiv:1909.11942, section 3.1); 0: none. CLIP's states tell shapes less clearly than
     words do, so with it a decoder learns sooner which shape each object has."""
+    one_way_heads: bool = False
+    """Whether half of the heads read only what stands before a token, and the others what stands after it (directional
+    self-attention, DiSAN, arXiv:1709.04696). What a word says of the words on its left and of those on its right is
+    then told apart from the first step on. Positions begin as large as the token embeddings."""
 
     def __post_init__(self) -> None:
         require(self.depth >= 0, f"depth = {self.depth}: must not be negative")

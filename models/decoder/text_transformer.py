@@ -1,6 +1,6 @@
 """What the decoder learns of its own to read captions: GLIDE's text transformer, or an adapter on CLIP's token states.
 
-Legend: B batch, L text tokens, W width.
+Legend: B batch, L text tokens, W width, H heads.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from models.layers.transformer import CausalTransformer
 
 _TOKEN_STD = 0.2
 """Standard deviation of new token embeddings; with 0.5 and 1 the sizes of objects suffered (docs/lab.md)."""
+_POSITION_STD = 0.01
 
 
 class TextTransformer(nn.Module):
@@ -28,7 +29,7 @@ class TextTransformer(nn.Module):
         width = config.width
         self.embedding = nn.Embedding(VOCAB_SIZE, width)
         nn.init.normal_(self.embedding.weight, std=0.02)
-        self.positions = nn.Parameter(torch.randn(1, context_length, width) * 0.01)
+        self.positions = nn.Parameter(torch.randn(1, context_length, width) * _POSITION_STD)
         self.transformer = CausalTransformer(width, config.depth, config.num_heads, config.mlp_ratio, dropout=0.0)
 
     def forward(
@@ -54,8 +55,10 @@ class TextAdapter(nn.Module):
 
     def __init__(self, config: TextAdapterConfig, width: int, context_length: int) -> None:
         super().__init__()
-        self.positions = nn.Parameter(torch.randn(1, context_length, width) * 0.01)
+        std = _TOKEN_STD if config.one_way_heads else _POSITION_STD
+        self.positions = nn.Parameter(torch.randn(1, context_length, width) * std)
         num_heads = width // config.head_width
+        self._num_one_way = num_heads if config.one_way_heads else 0
         self.transformer = CausalTransformer(width, config.depth, num_heads, config.mlp_ratio, dropout=0.0)
         self.embedding = None
         if config.token_width > 0:
@@ -72,9 +75,21 @@ class TextAdapter(nn.Module):
         """
         if self.embedding is not None:
             states = states + self.embedding(tokens)
-        return self.transformer(states + self.positions[:, : states.shape[1]], _both_ways(mask))
+        reads = _one_way(mask, self._num_one_way) if self._num_one_way else _both_ways(mask)
+        return self.transformer(states + self.positions[:, : states.shape[1]], reads)
 
 
 def _both_ways(mask: Bool[Tensor, "B L"]) -> Bool[Tensor, "B 1 L L"]:
     """Which tokens each token reads: all of its own caption's."""
     return mask[:, None, None].expand(-1, 1, mask.shape[1], -1)
+
+
+def _one_way(mask: Bool[Tensor, "B L"], num_heads: int) -> Bool[Tensor, "B H L L"]:
+    """Which tokens each token reads beside itself: in even heads those before it, in odd ones those after it."""
+    length = mask.shape[1]
+    before = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+    is_even = (torch.arange(num_heads, device=mask.device) % 2 == 0)[:, None, None]
+    reads = torch.where(is_even, before, before.T)
+    # Padding has nothing after it: without itself its softmax would be nan.
+    own = torch.eye(length, dtype=torch.bool, device=mask.device)
+    return (mask[:, None, None] & reads) | own

@@ -67,7 +67,7 @@ class Block(nn.Module):
         self.dropout_mlp = SampleDropout(dropout)
 
     def forward(
-        self, x: Float[Tensor, "B S W"], mask: Bool[Tensor, "B 1 S K"], past: KeysValues | None, num_out: int
+        self, x: Float[Tensor, "B S W"], mask: Bool[Tensor, "B _ S K"], past: KeysValues | None, num_out: int
     ) -> tuple[Float[Tensor, "B n W"], KeysValues]:
         """The last ``num_out`` tokens after this block, and the keys and values of all K tokens."""
         normed = self.norm_attention(x)
@@ -122,7 +122,7 @@ class CausalTransformer(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B S W"],
-        mask: Bool[Tensor, "B 1 S K"],
+        mask: Bool[Tensor, "B _ S K"],
         past: Sequence[KeysValues] | None = None,
         *,
         num_out: int | None = None,
@@ -131,7 +131,7 @@ class CausalTransformer(nn.Module):
 
         Args:
             x: The new tokens, positions added.
-            mask: True where a new token may read one of the K = cached + S tokens.
+            mask: True where a new token may read one of the K = cached + S tokens, in all heads or in each.
             past: Cached keys and values of each block, from ``cache``.
             num_out: How many of the last tokens to return (all if None); the last block computes no others.
         """

@@ -28,6 +28,8 @@ class StepRow:
     """Whether the recipe's seed is part of its key."""
     trains: str = ""
     """Family of the network that it trains, by its row in the table of networks; empty: it trains none."""
+    begins_with: str = ""
+    """Input whose weights its network begins with, if the recipe has that step; empty: none."""
     in_cascade: bool = False
     """Whether its network takes part in sampling a picture."""
     samples: bool = False
@@ -99,13 +101,23 @@ _BEFORE_EVALUATE = (
         files={"aesthetic_weights": "aesthetic_content", "nsfw_weights": "nsfw_content"},
     ),
     StepRow(
-        name="decoder",
-        title="Decoder",
-        version=5,
+        name="first_decoder",
+        title="First decoder",
         inputs=("download", "clip", "embed", "filter_embeddings"),
         runner=_TRAINING,
         role="train",
         trains="decoder",
+        files=_INIT_FILES,
+    ),
+    StepRow(
+        name="decoder",
+        title="Decoder",
+        version=5,
+        inputs=("download", "clip", "embed", "filter_embeddings", "first_decoder"),
+        runner=_TRAINING,
+        role="train",
+        trains="decoder",
+        begins_with="first_decoder",
         in_cascade=True,
         files=_INIT_FILES,
     ),

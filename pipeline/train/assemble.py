@@ -20,10 +20,11 @@ from pipeline.data.token_states import EmptyCaption
 from pipeline.data.training_rows import ShardReader
 from pipeline.errors import DataError
 from pipeline.networks.clip import draw_as_loading, load_clip_artifact, load_text_artifact
-from pipeline.networks.files import copy_weights, create_network, load_initial, save_network
+from pipeline.networks.files import copy_weights, create_network, load_initial, load_network, save_network
 from pipeline.networks.kind import AnyKind
 from pipeline.networks.table import kind_of
 from pipeline.recipe.recipe import Recipe, TrainedSection
+from pipeline.recipe.steps import STEP_ROWS
 from pipeline.recipe.train_sections import is_checkpoint
 from pipeline.train.checkpoint import Checkpoint, DamagedCheckpointError
 from pipeline.train.resume import checkpoint_steps
@@ -184,13 +185,9 @@ def _create(job: TrainJob, empty: EmptyCaption | None) -> nn.Module:
     else:
         with contextlib.nullcontext() if job.has_weights else torch.device("meta"):
             network = kind.create(section.model, dims)
-    init_from = getattr(section, "init_from", "")
     # A training with checkpoints of its own goes on without the file, which may be gone by then.
-    if init_from and job.has_weights and not checkpoint_steps(job.output):
-        if is_checkpoint(init_from):
-            copy_weights(_averaged(init_from), network, init_from)
-        else:
-            load_initial(network, init_from)
+    if job.has_weights and not checkpoint_steps(job.output):
+        _begin(network, job)
     if empty is not None:
         for module in network.modules():
             if isinstance(module, NullText):
@@ -198,6 +195,17 @@ def _create(job: TrainJob, empty: EmptyCaption | None) -> nn.Module:
     network = in_memory_order(kind, network)
     set_checkpointing(network, enabled=section.resources.checkpointing)
     return network
+
+
+def _begin(network: nn.Module, job: TrainJob) -> None:
+    """Give a new network the weights that its training begins with, if the recipe names some."""
+    init_from, first = getattr(job.section, "init_from", ""), job.inputs.get(STEP_ROWS[job.name].begins_with)
+    if first is not None:
+        copy_weights(load_network(first), network, first.uri)
+    elif is_checkpoint(init_from):
+        copy_weights(_averaged(init_from), network, init_from)
+    elif init_from:
+        load_initial(network, init_from)
 
 
 def _averaged(file: str) -> nn.Module:

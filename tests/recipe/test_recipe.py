@@ -45,6 +45,15 @@ def test_recipe_that_extends_another_names_only_what_it_changes(tmp_path: Path) 
     assert recipe == flat  # a recipe's keys do not depend on how its file is written
 
 
+def test_a_table_of_the_other_recipe_is_left_out_where_it_is_false(tmp_path: Path) -> None:
+    (tmp_path / "base.toml").write_text("[filter]\nmin_image_px = 8\n[upsampler_1.model]\nimage_px = 128\n")
+    (tmp_path / "r.toml").write_text('extends = "base.toml"\nfilter = false\n')
+    assert load_recipe(tmp_path / "base.toml").filter is not None
+    assert load_recipe(tmp_path / "r.toml", ["upsampler_1=false"]) == Recipe()
+    with pytest.raises(ConfigError, match=r"prior: .*, got False"):
+        load_recipe(None, ["prior=false"])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -35,12 +35,13 @@ CONTENTS = {
         download cfaf94e8bb9c5a4c
         clip b07bc07c2f50986b
         embed 7e8d0e3cfd20cc05
-        decoder a9dbec24c6f15eb1
+        first_decoder 228847f9df20546c
+        decoder 0ab00a54b16299dc
         index 9bd77eb34a77de8e
         prior bef8513bb65538b8
         upsampler_1 db6267ee42069dcd
         upsampler_2 ef41a2313ea74048
-        evaluate c4d3a05538f535b8
+        evaluate 2a9550e3f4877d39
     """,
     "karlo": """
         pairs 4821ac1be30e312a
@@ -96,8 +97,8 @@ def test_every_row_configures_a_field_of_the_recipe_and_every_section_of_a_step_
 
 def test_every_row_names_fields_that_its_section_has() -> None:
     last = {"model": {"low_res_px": 256, "image_px": 512, "crop_px": 64}}
-    off_by_default = {name: {} for name in ("filter", "filter_embeddings", "prior_2", "noisy_clip", "upsampler_1")}
-    recipe = parse_recipe({**off_by_default, "upsampler_2": last, "download": {"image_px": 512}})
+    off_by_default = ("filter", "filter_embeddings", "prior_2", "first_decoder", "noisy_clip", "upsampler_1")
+    recipe = parse_recipe({**{name: {} for name in off_by_default}, "upsampler_2": last, "download": {"image_px": 512}})
     for row in STEPS:
         section = getattr(recipe, row.name)
         assert all(hasattr(section, field) for field in row.files), row.name
@@ -130,4 +131,6 @@ def test_trained_sections_follow_the_order_of_the_recipe() -> None:
 def test_the_picture_of_the_data_flow_names_every_step_that_is_on_by_itself() -> None:
     picture = (ROOT / "docs/images/dataflow.svg").read_text()
     boxes = re.findall(r'<rect class="step".*\n  <text class="name" [^>]*>(\w+)<', picture)
-    assert set(boxes) == {step.name for step in make_plan(load_recipe(ROOT / "configs/demo.toml"))}
+    names = {step.name for step in make_plan(load_recipe(ROOT / "configs/demo.toml"))}
+    assert set(boxes) == names - {"first_decoder"}
+    assert ", first_decoder<" in picture

@@ -16,7 +16,7 @@ from pipeline.errors import DataError, ResumeError, StepError
 from pipeline.networks.cascade import load_cascade
 from pipeline.networks.clip import load_clip_artifact
 from pipeline.networks.files import load_network
-from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.recipe import Recipe, parse_recipe, to_dict
 from pipeline.runtime.tracking.records import begun_at
 from pipeline.train.assemble import TrainJob, assemble
 from pipeline.train.job import MetricsLog, run_job
@@ -282,6 +282,24 @@ def test_training_starts_from_given_weights(tmp_path: Path, name: str) -> None:
     metrics = run_job(tiny_job(name, inputs, tmp_path / "tuned", tuned), no_watch)
     assert metrics["num_steps"] == 6
     assert (tmp_path / "tuned" / weights).read_bytes() != (first / weights).read_bytes()
+
+
+def test_a_decoder_begins_with_the_weights_of_the_first_one(tmp_path: Path) -> None:
+    tables = to_dict(training_recipe())
+    tables["first_decoder"] = {"train": {"num_steps": 3}}
+    tables["decoder"]["train"] |= {"num_steps": 1, "learning_rate": 1e-30}
+    recipe = parse_recipe(tables)
+    assert recipe.first_decoder is not None
+    assert recipe.first_decoder.model.image_px == 4
+    inputs, first, begun = tiny_inputs(tmp_path), tmp_path / "first", tmp_path / "decoder"
+    run_job(tiny_job("first_decoder", inputs, first, recipe), no_watch)
+    run_job(tiny_job("decoder", inputs | {"first_decoder": Artifact(str(first))}, begun, recipe), no_watch)
+    run_job(tiny_job("decoder", inputs, tmp_path / "other", recipe), no_watch)
+    weights = [load_file(folder / "model.safetensors") for folder in (first, begun, tmp_path / "other")]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value)
+    assert any(not torch.equal(weights[2][name], value) for name, value in weights[0].items())
+    assert load_network(Artifact(str(begun))).config.image_px == 8
 
 
 def test_trained_networks_make_a_cascade(tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from models.decoder.config import DecoderConfig, TextAdapterConfig, TextTransformerConfig
 from models.decoder.network import Decoder
-from models.decoder.text_transformer import TextAdapter
+from models.decoder.text_transformer import TextAdapter, _one_way
 
 ADAPTER = TextAdapterConfig(depth=2, head_width=3)
 WITH_TOKENS = replace(ADAPTER, token_width=4)
+ONE_WAY = replace(WITH_TOKENS, one_way_heads=True)
 CONFIG = DecoderConfig(image_px=8, context_width=6, unet=UNET, text_adapter=ADAPTER)
 
 
@@ -28,9 +29,10 @@ def _decoder(adapter: TextAdapterConfig) -> Decoder:
     return model
 
 
-def test_adapter_lets_each_token_read_the_whole_caption_its_place_and_no_padding() -> None:
+@pytest.mark.parametrize("config", [ADAPTER, ONE_WAY])
+def test_adapter_lets_each_token_read_the_whole_caption_its_place_and_no_padding(config: TextAdapterConfig) -> None:
     torch.manual_seed(0)
-    adapter = TextAdapter(ADAPTER, 6, DIMS.context_length).eval()
+    adapter = TextAdapter(config, 6, DIMS.context_length).eval()
     text = make_text((5, 3))
     mask, states = text.mask, torch.randn(*text.mask.shape, 6)
     out = adapter(states, text.tokens, mask)
@@ -73,7 +75,15 @@ def test_adapter_with_token_embeddings_reads_the_words_themselves() -> None:
     )
 
 
-@pytest.mark.parametrize("adapter", [ADAPTER, WITH_TOKENS])
+def test_heads_that_read_one_way_read_what_is_before_or_after_a_token() -> None:
+    (before, after), padded = _one_way(torch.tensor([[True, True, True], [True, True, False]]), 2)
+    assert before.tolist() == [[True, False, False], [True, True, False], [True, True, True]]
+    assert after.tolist() == [[True, True, True], [False, True, True], [False, False, True]]
+    assert padded[0].tolist() == [[True, False, False], [True, True, False], [True, True, True]]
+    assert padded[1].tolist() == [[True, True, False], [False, True, False], [False, False, True]]
+
+
+@pytest.mark.parametrize("adapter", [ADAPTER, WITH_TOKENS, ONE_WAY])
 def test_adapter_is_trained_with_the_decoder(adapter: TextAdapterConfig) -> None:
     decoder, (x, t, z_image), text = _decoder(adapter), decoder_inputs(2), make_text((DIMS.context_length, 6))
     decoder(x, t, decoder.encode_condition(z_image, text)).square().mean().backward()
