@@ -81,7 +81,7 @@ def cpu_tables(num_pairs: int, validation_prob: float, size: Size, steps: int) -
                 "text_drop_prob": 0.1,
                 # On these networks it made the decoder read from the tokens which colour belongs to what (docs/lab.md).
                 "pooled_drop_prob": 0.1,
-                "text_adapter": {"depth": 2, "token_width": 16},
+                "text_adapter": {"depth": 2, "token_width": 16, "one_way_heads": True},
                 "unet": _unet(64, base_px // 4, patch_px=2) | {"head_channels": 32, "position_bands": 3},
                 "diffusion": {"prediction": "v", "variance": "fixed_small", "loss_weighting": "min_snr"},
                 "sampler": {"method": "ddpm", "num_steps": 50, "guidance_scale": 2.0},

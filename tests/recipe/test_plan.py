@@ -80,7 +80,7 @@ def test_a_recipe_has_one_key_wherever_it_runs_and_another_for_other_pictures() 
 
 def test_initial_weights_count_by_their_content_and_not_by_their_place(tmp_path: Path) -> None:
     def key(folder: str) -> str:
-        return _keys(load_recipe("configs/demo.toml", [f"decoder.init_from={tmp_path / folder}"]))["decoder"]
+        return _keys(load_recipe("configs/demo-hour.toml", [f"decoder.init_from={tmp_path / folder}"]))["decoder"]
 
     for folder, content in (("one", "a"), ("same", "a"), ("other", "b")):
         (tmp_path / folder).mkdir()
@@ -92,7 +92,7 @@ def test_initial_weights_count_by_their_content_and_not_by_their_place(tmp_path:
 
 def test_a_checkpoint_that_will_be_removed_is_said_and_its_copy_continues_the_same_training(tmp_path: Path) -> None:
     def recipe(file: Path | str) -> Recipe:
-        return load_recipe("configs/demo.toml", [f"decoder.init_from={file}", f"workspace={tmp_path}/workspace"])
+        return load_recipe("configs/demo-hour.toml", [f"decoder.init_from={file}", f"workspace={tmp_path}/workspace"])
 
     checkpoint, copy = tmp_path / "live/checkpoints/00000004.safetensors", tmp_path / "kept.safetensors"
     checkpoint.parent.mkdir(parents=True)
@@ -116,7 +116,7 @@ def test_a_checkpoint_that_will_be_removed_is_said_and_its_copy_continues_the_sa
 def test_a_copy_of_a_part_of_a_divided_checkpoint_is_refused_until_its_training_has_begun(tmp_path: Path) -> None:
     def recipe(folder: Path) -> Recipe:
         path = folder / "00000004.safetensors"
-        return load_recipe("configs/demo.toml", [f"decoder.init_from={path}", f"workspace={tmp_path}/workspace"])
+        return load_recipe("configs/demo-hour.toml", [f"decoder.init_from={path}", f"workspace={tmp_path}/workspace"])
 
     original, copy = tmp_path / "live/checkpoints", tmp_path / "copy"
     for number in (2, 1, 0):
@@ -149,7 +149,7 @@ def test_plan_says_which_checkpoint_will_be_removed(tmp_path: Path) -> None:
     checkpoint.write_text("a")
     words = ["--set", f"decoder.init_from={checkpoint}", "--set", f"workspace={tmp_path}/workspace"]
     assert (
-        "copy it elsewhere and name the copy" in CliRunner().invoke(app, ["plan", "configs/demo.toml", *words]).stdout
+        "copy it elsewhere and name the copy" in CliRunner().invoke(app, ["plan", "configs/demo-hour.toml", *words]).stdout
     )
 
 
