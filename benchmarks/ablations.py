@@ -122,8 +122,16 @@ def _decoders(recipe: Recipe) -> list[str]:
 
 def with_steps(path: Path, steps: Mapping[str, int]) -> Recipe:
     """A recipe whose decoders one worker trains for so many steps."""
-    changes = [f"{name}.train.num_steps={number}" for name, number in steps.items()]
-    return load_recipe(path, changes + [f"{name}.resources.num_workers=1" for name in steps])
+    recipe = load_recipe(path)
+    return replace(recipe, **{name: _shortened(recipe.trained()[name], number) for name, number in steps.items()})
+
+
+def _shortened(section: Any, num_steps: int) -> Any:
+    """The section of a training of so many steps, whose phases begin at the same shares of them."""
+    train = section.train
+    phases = (replace(phase, from_step=round(phase.from_step * num_steps / train.num_steps)) for phase in train.phases)
+    train = replace(train, num_steps=num_steps, phases=tuple(phases))
+    return replace(section, train=train, resources=replace(section.resources, num_workers=1))
 
 
 def steps_within(seconds: float, job: TrainJob) -> int:

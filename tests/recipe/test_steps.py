@@ -35,8 +35,8 @@ CONTENTS = {
         download cfaf94e8bb9c5a4c
         clip b07bc07c2f50986b
         embed 7e8d0e3cfd20cc05
-        first_decoder 228847f9df20546c
-        decoder 0ab00a54b16299dc
+        first_decoder 343a6ffbca438ba2
+        decoder 015745988d43b201
         index 9bd77eb34a77de8e
         prior bef8513bb65538b8
         upsampler_1 db6267ee42069dcd

@@ -33,6 +33,7 @@ from tests.tiny.shards import make_embeddings
 _KINDS = {
     "prior_2": {"model": {"kind": "autoregressive", "width": 16, "depth": 1, "num_heads": 2, "num_components": 4}},
     "noisy_clip": {"model": {"image_px": 8, "tower": {**UNET, "attention_resolutions": []}}},
+    "first_decoder": {},
     "evaluate": {"num_prompts": 6, "num_shown": 2, "batch_size": 4},
 }
 _FILTERS = {
