@@ -275,9 +275,9 @@ def _facts(done: Done, training: list[Json]) -> list[tuple[str, str]]:
         facts.append((duration(times["total_s"], exact=True), "from an empty folder"))
     if "download" in done:
         facts.append((f"{done['download'].manifest.counts.get('ok', 0):,}", "pictures"))
-    parameters = sum(network["num_parameters"] for network in training)
-    if parameters:
-        facts.append((short_count(parameters), f"parameters in {len(training)} networks"))
+    numbers = [network["num_parameters"] for network in training if not network["is_continued"]]
+    if sum(numbers):
+        facts.append((short_count(sum(numbers)), f"parameters in {len(numbers)} networks"))
     if done:
         newest = max(finished.manifest.created for finished in done.values())
         facts.append((time.strftime("%d %B %Y, %H:%M", time.localtime(newest)).lstrip("0"), ""))

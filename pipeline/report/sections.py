@@ -121,7 +121,7 @@ def training_of(done: Done, recipe: Recipe) -> list[Json]:
 
     No weights are read: from a store they would be fetched whole.
     """
-    networks: list[Json] = []
+    networks, begun = list[Json](), {row.begins_with for row in STEP_ROWS.values()}
     for name, section in recipe.trained().items():
         if name not in done or not done[name].artifact.exists(METRICS):
             continue
@@ -134,6 +134,7 @@ def training_of(done: Done, recipe: Recipe) -> list[Json]:
         networks.append(
             {
                 "title": finished.title,
+                "is_continued": name in begun,
                 "svg": line_chart(curve, label=f"Loss of {finished.title} over {curve.steps[-1]} steps"),
                 "num_steps": section.train.total_steps,
                 "batch_size": section.train.batch_size,

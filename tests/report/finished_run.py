@@ -26,6 +26,7 @@ SECONDS = {
     "index": 1.2,
     "prior": 83.0,
     "prior_2": 83.0,
+    "first_decoder": 160.0,
     "decoder": 241.0,
     "upsampler_1": 118.0,
     "upsampler_2": 96.0,

@@ -307,6 +307,14 @@ def test_parameters_are_those_of_the_manifests_and_no_weights_are_read(recipe: R
     assert "<b>9.0M</b> parameters in 5 networks" in text
 
 
+def test_the_parameters_of_a_first_decoder_are_the_decoders(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path / "workspace", first_decoder={})
+    fill_workspace(recipe)
+    text = _report(recipe, tmp_path / "report.html")
+    assert text.count("1.8M parameters") == 6
+    assert "<b>9.0M</b> parameters in 5 networks" in text
+
+
 def test_counts_for_people() -> None:
     assert [short_count(n) for n in (950, 12_300, 1_800_000, 3.5e9)] == ["950", "12.3k", "1.8M", "3.5B"]
 
