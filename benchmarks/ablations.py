@@ -12,11 +12,12 @@ them with half of the samples. No Ray runs. A recipe without a row was not measu
 Rows without `steps` are of the demo as it was: without a first decoder, with heads that read both ways and 2,200 steps
 of the decoder, of which they took half. Only these are to be compared with each other.
 
-All recipes see the same number of samples, or the same share of them, and not the same time of a processor: one
-attention is a tenth faster than the demo, and batches of 32 are twice as many steps of the optimizer. With `--seconds`
-each decoder gets as many steps as its own step, which is timed first, allows in so many seconds of processor time (on a
-GPU seconds); a first decoder and the decoder get half of them each. `steps` are those of both, and `train_s` is the
-mean time of a row's trainings, to read the rates by; results that are older than a column lack it.
+All recipes but without-first, which has the demo's time of before, see the same number of samples, or the same share
+of them, and not the same time of a processor: one attention is a tenth faster than the demo, and batches of 32 are
+twice as many steps of the optimizer. With `--seconds` each decoder gets as many steps as its own step, which is timed
+first, allows in so many seconds of processor time (on a GPU seconds); a first decoder and the decoder get half of them
+each. `steps` are those of both, and `train_s` is the mean time of a row's trainings, to read the rates by; results that
+are older than a column lack it.
 
 Rates are in per cent: the mean over the seeds, and after `+-` half of the distance between the lowest and the highest,
 if there are several.

@@ -7,7 +7,7 @@ import dataclasses
 import shlex
 import sys
 import time as clock
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 
@@ -64,7 +64,7 @@ def plan(
 ) -> Next:
     """Show which steps would run, and why; or what its networks cost, or how long the run takes.
 
-    Example: unclip plan configs/demo.toml --set decoder.train.num_steps=2000
+    Example: unclip plan configs/demo.toml --set decoder.train.num_steps=4000
     """
     resolved, words = load_recipe(recipe, overrides or []), recipe_words(recipe, overrides)
     shown = [name for name, is_set in (("--cost", cost), ("--graph", graph), ("--time", time)) if is_set]
@@ -312,10 +312,9 @@ def _stopped_text(state: ProgressState, error: str) -> str:
     return f"stopped {duration(state.age_s)} ago{share}; {why}"
 
 
-def _without_none(tables: dict[str, Any]) -> dict[str, Any]:
-    """The tables without null values, which TOML does not have."""
-    return {
-        name: _without_none(value) if isinstance(value, dict) else value
-        for name, value in tables.items()
-        if value is not None
-    }
+def _without_none(value: Any) -> Any:
+    """A table, those inside it, and those of its lists without null values, which TOML does not have."""
+    if isinstance(value, dict):
+        tables = cast("dict[str, Any]", value)
+        return {name: _without_none(one) for name, one in tables.items() if one is not None}
+    return [_without_none(one) for one in cast("list[Any]", value)] if isinstance(value, list) else value

@@ -6,6 +6,8 @@ from typing import Any
 from pipeline.recipe.recipe import default_tables, json_schema
 
 Json = dict[str, Any]
+_LIKE_ANOTHER = {"first_decoder"}
+"""Sections whose fields are those of another one, defaults too: their description says which."""
 
 
 def reference() -> str:
@@ -17,7 +19,7 @@ def reference() -> str:
         "`make docs` writes this page from the types in `pipeline/recipe/*sections.py` and `models/*/config.py`: every",
         "field with its default. A recipe holds only what differs. Tables named `resources` change no bytes and are no",
         'part of a key. `extends = "other.toml"`, a path from the recipe\'s own folder, puts its tables on those of',
-        "another recipe; `unclip config RECIPE` prints the result.",
+        "another recipe, and `NAME = false` leaves out its step; `unclip config RECIPE` prints the result.",
     ]
     defaults = default_tables({name: {} for name in schema["properties"]})
     _section(schema, schema["properties"], defaults, ("", ""), lines)
@@ -33,6 +35,9 @@ def _section(
     rows: list[str] = []
     for field, spec in fields.items():
         dotted = f"{name}.{field}" if name else field
+        if dotted in _LIKE_ANOTHER:
+            tables.append(((dotted, ""), {"description": spec["description"]}, {}))
+            continue
         targets = _tables_of(schema, spec)
         for kind, target in targets.items():
             default = defaults.get(field)
@@ -48,6 +53,9 @@ def _section(
     if rows:
         lines += ([] if name else [""]) + ["| field | type | default | meaning |", "|---|---|---|---|", *rows]
     for inner, target, default in tables:
+        if inner[0] in _LIKE_ANOTHER:
+            lines += ["", f"## `[{inner[0]}]`", "", _cell(target["description"])]
+            continue
         _section(schema, target["properties"], default, inner, lines)
 
 

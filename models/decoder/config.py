@@ -109,6 +109,12 @@ class DecoderConfig:
             adapter.depth == 0 or self.context_width % adapter.head_width == 0,
             f"context_width = {self.context_width} is not a multiple of text_adapter.head_width = {adapter.head_width}",
         )
+        num_heads = self.context_width // max(1, adapter.head_width)
+        require(
+            adapter.depth == 0 or not adapter.one_way_heads or num_heads % 2 == 0,
+            f"text_adapter.one_way_heads: context_width = {self.context_width} has {num_heads} heads, an odd number; "
+            "change text_adapter.head_width",
+        )
         require(
             self.text_transformer is None or (adapter.depth == 0 and self.pooled_drop_prob == 0),
             "text_adapter and pooled_drop_prob are for the token states of the frozen CLIP, and text_transformer "

@@ -95,7 +95,7 @@ def training_flops(recipe: Recipe, name: str) -> float:
 def format_costs(costs: list[NetworkCost]) -> str:
     """The costs as a table for a terminal."""
     names = ("network", "parameters", "training", "samples", "A100 h", "H100 h", "sampling", "state", "activations")
-    widths = (11, 12, 12, 9, 9, 9, 12, 10, 12)
+    widths = (14, 12, 12, 9, 9, 9, 12, 10, 12)
     rows = [names, *(_cells(cost) for cost in costs)]
     lines = ["".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
     lines += [

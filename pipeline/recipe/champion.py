@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.errors import ConfigError
 from pipeline.recipe.plan import Step, artifact_of, make_plan
 from pipeline.recipe.recipe import Recipe, parse_recipe, to_dict
-from pipeline.recipe.steps import CASCADE_STEPS
+from pipeline.recipe.steps import CASCADE_STEPS, STEPS
 from pipeline.workspace.lock import locked
 from pipeline.workspace.manifest import Manifest, read_record
 from pipeline.workspace.store import Artifact, Workspace
@@ -129,6 +129,8 @@ def measured_cascade(recipe: Recipe, key: str, names: Collection[str]) -> tuple[
     artifacts = {name: workspace.artifact(name, own) for name, own in manifest.inputs.items() if name in names}
     artifacts = {name: artifact for name, artifact in artifacts.items() if artifact.manifest() is not None}
     tables = to_dict(recipe)
+    for begun in filter(None, (row.begins_with for row in STEPS)):
+        tables[begun] = None  # the recipe's, and perhaps of another shape than the networks
     for name in CASCADE_STEPS:
         if name not in manifest.inputs:
             tables[name] = None

@@ -187,8 +187,9 @@ def chosen_steps(steps: list[Step], *, start: str = "", until: str = "", only: s
 
 
 def sampling_tables(recipe: Recipe) -> Json:
-    """The sampling fields of every trained network; the steps that sample depend on them."""
-    models = {name: to_dict(section)["model"] for name, section in recipe.trained().items()}
+    """The sampling fields of every trained network that is sampled; the steps that sample depend on them."""
+    begun = {row.begins_with for row in STEPS}
+    models = {name: to_dict(section)["model"] for name, section in recipe.trained().items() if name not in begun}
     tables = {
         name: {field: model[field] for field in SAMPLING if field in model and _IN_TRAINING.get(field) != model[field]}
         for name, model in models.items()

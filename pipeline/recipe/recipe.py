@@ -189,8 +189,8 @@ class Recipe:
             return
         if self.decoder.init_from:
             raise ValueError(
-                "decoder.init_from: the decoder begins with the weights of first_decoder; name it in "
-                "first_decoder.init_from"
+                "decoder.init_from: the decoder begins with the weights of first_decoder; leave that one out with "
+                "first_decoder = false, or let it begin with these: first_decoder.init_from"
             )
         require_same_shape(*(flatten(to_dict(section.model)) for section in (self.first_decoder, self.decoder)))
 
@@ -224,7 +224,7 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     Args:
         path: A ``.toml`` recipe, or a resolved ``.json`` one, or a folder of networks; None: the defaults alone. With
             ``extends = "other.toml"`` (from the file's own folder) a recipe names only what it changes in another one;
-            ``filter = false`` leaves out the other's table, as with every table that a recipe may lack.
+            ``filter = false`` leaves out the other's table, as with every step that a recipe may lack.
         overrides: ``a.b=value`` strings; the value is TOML, a bare word is a string.
 
     Raises:
@@ -250,7 +250,11 @@ def parse_recipe(data: Json, *, where: str = "recipe") -> Recipe:
         # JSON mode is strict about types yet takes a list for a tuple and an integer for a float, as TOML writes them.
         return _recipe_type().validate_json(json.dumps(_merge(default_tables(data), data)))
     except ValidationError as error:
-        lines = [_explain(item, data) for item in error.errors(include_url=False)]
+        items = error.errors(include_url=False)
+        places = {item["loc"] for item in items}
+        # What the first decoder has of the decoder's tables is said of these.
+        own = (item for item in items if ("decoder", *item["loc"][1:]) not in places or item["loc"][0] == "decoder")
+        lines = [_explain(item, data) for item in own]
         raise ConfigError(f"{where}: " + "; ".join(lines)) from None
     except TypeError as error:
         raise ConfigError(f"{where}: dates and times have no place in a recipe ({error})") from None
@@ -425,6 +429,8 @@ def _meant(location: list[str], data: Json) -> list[str]:
     tables = default_tables({name: {} for name in _optional_tables()} | data)
     section, *inside = location
     same = [name for name in flatten(tables) if name.rpartition(".")[2] == location[-1]]
+    lacking = _optional_tables() - data.keys()
+    same = [name for name in same if name.partition(".")[0] not in lacking] or same
     own = [name for name in same if name.startswith(f"{section}.")]
     table = _value_at(tables, location[:-1])
     close = difflib.get_close_matches(location[-1], list(table) if isinstance(table, dict) else [], n=1)

@@ -275,7 +275,7 @@ def _facts(done: Done, training: list[Json]) -> list[tuple[str, str]]:
         facts.append((duration(times["total_s"], exact=True), "from an empty folder"))
     if "download" in done:
         facts.append((f"{done['download'].manifest.counts.get('ok', 0):,}", "pictures"))
-    numbers = [network["num_parameters"] for network in training if not network["is_continued"]]
+    numbers = [network["num_parameters"] for network in training if not network["begins_another"]]
     if sum(numbers):
         facts.append((short_count(sum(numbers)), f"parameters in {len(numbers)} networks"))
     if done:

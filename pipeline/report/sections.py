@@ -134,7 +134,7 @@ def training_of(done: Done, recipe: Recipe) -> list[Json]:
         networks.append(
             {
                 "title": finished.title,
-                "is_continued": name in begun,
+                "begins_another": name in begun,
                 "svg": line_chart(curve, label=f"Loss of {finished.title} over {curve.steps[-1]} steps"),
                 "num_steps": section.train.total_steps,
                 "batch_size": section.train.batch_size,

@@ -15,6 +15,7 @@ _DECODER = {
     },
     "resources": {"num_workers": 2},
 }
+_SAMPLER = "first_decoder.model.sampler.guidance_scale=3.5"
 
 
 def _recipe(**first: object) -> Recipe:
@@ -55,6 +56,20 @@ def test_its_side_may_be_another_one() -> None:
 def test_what_the_decoder_cannot_begin_with_is_refused_by_its_name(override: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         load_recipe("configs/demo.toml", [override])
+
+
+def test_a_mistake_in_the_decoders_tables_is_said_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        load_recipe("configs/demo.toml", ["decoder.model.unet.channels=many"])
+    assert str(error.value).count("channels") == 1
+    assert "decoder.model.unet.channels: Input should be a valid integer, got 'many'" in str(error.value)
+    with pytest.raises(ConfigError, match=r"did you mean decoder\.model\.pooled_drop_prob\?"):
+        load_recipe(None, ["prior.pooled_drop_prob=0.1"])
+
+
+def test_its_sampler_is_no_part_of_what_is_measured() -> None:
+    keys = [make_plan(load_recipe("configs/demo.toml", changes))[-1].key for changes in ([], [_SAMPLER])]
+    assert keys[0] == keys[1]
 
 
 def test_the_decoder_waits_for_it_and_its_key_holds_it() -> None:

@@ -41,7 +41,7 @@ CONTENTS = {
         prior bef8513bb65538b8
         upsampler_1 db6267ee42069dcd
         upsampler_2 ef41a2313ea74048
-        evaluate 2a9550e3f4877d39
+        evaluate 26321dad4089ea08
     """,
     "karlo": """
         pairs 4821ac1be30e312a

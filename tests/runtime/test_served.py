@@ -47,6 +47,14 @@ def promote(recipe: Recipe) -> str:
     return step.key
 
 
+def test_a_champion_is_served_beside_a_first_decoder_of_another_shape(tmp_path: Path) -> None:
+    other = measured(tmp_path, "decoder.model.context_width=12")
+    promote(other)
+    served = served_by(load_recipe(tmp_path / "tiny.toml", [*ALIAS, "first_decoder.train.num_steps=3"]))
+    assert served.recipe.decoder.model == other.decoder.model
+    assert served.recipe.first_decoder is None
+
+
 def test_the_champion_is_served_as_it_was_measured_whatever_the_recipe_says_now(tmp_path: Path) -> None:
     few = measured(tmp_path, "decoder.model.sampler.num_steps=2", "seed=3")
     now = measured(tmp_path, "decoder.model.sampler.num_steps=5", "decoder.model.context_width=12")

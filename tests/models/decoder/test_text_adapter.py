@@ -10,6 +10,7 @@ from torch import Tensor
 from models.decoder.config import DecoderConfig, TextAdapterConfig, TextTransformerConfig
 from models.decoder.network import Decoder
 from models.decoder.text_transformer import TextAdapter, _one_way
+from models.layers.transformer import Block
 
 ADAPTER = TextAdapterConfig(depth=2, head_width=3)
 WITH_TOKENS = replace(ADAPTER, token_width=4)
@@ -83,6 +84,22 @@ def test_heads_that_read_one_way_read_what_is_before_or_after_a_token() -> None:
     assert padded[1].tolist() == [[True, True, False], [False, True, False], [False, False, True]]
 
 
+@pytest.mark.parametrize("one_way", [True, False])
+def test_a_head_of_the_adapter_reads_one_way_where_the_recipe_says_so(*, one_way: bool) -> None:
+    torch.manual_seed(0)
+    adapter = TextAdapter(replace(ADAPTER, depth=1, one_way_heads=one_way), 6, DIMS.context_length).eval()
+    [block] = adapter.transformer.blocks
+    assert isinstance(block, Block)
+    with torch.no_grad():
+        block.out.weight[:, 3:] = 0  # the second head's, which reads what is after
+    text = make_text((5,))
+    states = torch.randn(*text.tokens.shape, 6)
+    last = states.clone()
+    last[0, 4] = last[0, 4].flip(0)
+    moved = adapter(last, text.tokens, text.mask) - adapter(states, text.tokens, text.mask)
+    assert (moved[0, :4].abs().amax(1) > 1e-6).tolist() == [not one_way] * 4
+
+
 @pytest.mark.parametrize("adapter", [ADAPTER, WITH_TOKENS, ONE_WAY])
 def test_adapter_is_trained_with_the_decoder(adapter: TextAdapterConfig) -> None:
     decoder, (x, t, z_image), text = _decoder(adapter), decoder_inputs(2), make_text((DIMS.context_length, 6))
@@ -117,6 +134,8 @@ def test_without_caption_and_pooled_vectors_the_condition_is_the_null_one(decode
 
 
 def test_adapter_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"context_width = 6 has 1 heads, an odd number"):
+        replace(CONFIG, text_adapter=replace(ONE_WAY, head_width=6))
     with pytest.raises(ValueError, match=r"context_width = 6 is not a multiple of text_adapter.head_width = 4"):
         replace(CONFIG, text_adapter=TextAdapterConfig(depth=1, head_width=4))
     text = TextTransformerConfig(width=16, depth=1, num_heads=2)
