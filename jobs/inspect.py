@@ -25,7 +25,7 @@ from jobs.options import (
     recipe_words,
     with_options,
 )
-from pipeline.addresses import without_secrets
+from pipeline.addresses import without_password
 from pipeline.errors import ConfigError, DataError
 from pipeline.recipe.estimate import status_remaining
 from pipeline.recipe.plan import (
@@ -200,7 +200,7 @@ def _print_status(resolved: Recipe, words: str, *, json: bool) -> tuple[bool, Ne
     is_done = all(item.state == "done" for item in statuses)
     if not is_done:
         typer.echo(f"run: {rest.explain(words)}")
-    typer.echo(f"workspace {without_secrets(workspace.root)}{f', held by {owner}' if owner else ''}")
+    typer.echo(f"workspace {without_password(workspace.root)}{f', held by {owner}' if owner else ''}")
     place = Place(resolved, workspace)
     if number := place.num_waiting():
         sender = "the run that goes on sends" if owner else f"`unclip run {words}` sends"
@@ -279,7 +279,7 @@ def _as_row(workspace: Workspace, status: StepStatus, owner: str) -> dict[str, A
         "key": status.step.key,
         "state": status.state,
         "reasons": list(status.reasons),
-        "artifact": without_secrets(artifact.uri),
+        "artifact": without_password(artifact.uri),
         "wall_s": manifest.wall_s if manifest else None,
         "counts": manifest.counts if manifest else {},
         "progress": dataclasses.asdict(progress) if progress else None,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.addresses import HIDDEN, without_secrets, words_without_secrets
+from pipeline.addresses import HIDDEN, without_password, without_secrets, words_without_secrets
 from pipeline.errors import ConfigError, UnclipError
 from pipeline.recipe.last_run import PLAN
 from pipeline.recipe.steps import STEP_ROWS
@@ -81,7 +81,7 @@ def with_options(command: str, options: Mapping[str, str | bool]) -> str:
 
 def describe_workspace(workspace: Workspace) -> str:
     """Where the artifacts of a recipe are: a relative path depends on the folder where a person stands."""
-    return f"workspace {without_secrets(workspace.root)}{'' if has_run(workspace) else ' (nothing is there yet)'}"
+    return f"workspace {without_password(workspace.root)}{'' if has_run(workspace) else ' (nothing is there yet)'}"
 
 
 def has_run(workspace: Workspace) -> bool:

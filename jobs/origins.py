@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jobs.options import AsJson, Next, Overrides, print_json, print_warning, recipe_words, require_workspace
-from pipeline.addresses import without_secrets
+from pipeline.addresses import without_password
 from pipeline.errors import ConfigError, UnclipError
 from pipeline.recipe.lineage import Lineage, Node, mermaid, trace
 from pipeline.recipe.recipe import load_recipe
@@ -146,7 +146,7 @@ def _print_lineage(lineage: Lineage, pairs: "list[Neighbour]") -> None:
             typer.echo(f"{'':<17} {name}: {value}")
     for note in lineage.notes:
         typer.echo(f"note: {note}")
-    typer.echo(f"workspace {without_secrets(lineage.workspace)}")
+    typer.echo(f"workspace {without_password(lineage.workspace)}")
 
 
 def _describe(node: Node) -> str:

@@ -24,7 +24,7 @@ from jobs.options import (
     recipe_words,
     with_options,
 )
-from pipeline.addresses import values_without_secrets, without_secrets
+from pipeline.addresses import values_without_secrets, without_password
 from pipeline.data.causes import ALL, CLASSES, PICTURE_FAULTS, is_class
 from pipeline.data.retries import NONE
 from pipeline.errors import ConfigError, UnclipError
@@ -180,7 +180,7 @@ def run(
         return ()
     number = "1 step" if len(ran) == 1 else f"{len(ran)} steps"
     typer.echo(f"ran {number} in {wall_s:.0f} s" if ran else f"nothing to do: all {len(before)} steps are done")
-    typer.echo(f"report: {without_secrets(where)}")
+    typer.echo(f"report: {without_password(where)}")
     return _next(words, {status.step.name for status in before}, has_shapes=resolved.pairs.source == "drawn")
 
 

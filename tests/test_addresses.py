@@ -24,6 +24,7 @@ from pipeline.addresses import (
 from pipeline.errors import ConfigError, DataError, ResumeError, StepError, UnclipError
 from pipeline.recipe.plan import artifact_of, make_plan, manifest_of
 from pipeline.recipe.recipe import load_recipe, parse_recipe
+from pipeline.report.sections import recipe_changes
 from pipeline.workspace.store import Workspace
 from tests.tiny.command import unclip_here
 
@@ -52,7 +53,10 @@ def test_an_address_is_shown_without_its_password(address: str, shown: str) -> N
         ("404, url=URL('https://b/a.csv?X-Sig=secret')", "404, url=URL('https://b/a.csv?***')"),
         ("from (s3://me:secret@a/b), sftp://me:se,cret@c/d;", "from (s3://me:***@a/b), sftp://me:***@c/d;"),
         ("postgresql://me:my secret@db/ml: refused", "postgresql://me:***@db/ml: refused"),
+        ("http://me:12ab cd@h is down", "http://me:***@h is down"),
         *((same, same) for same in ("at http://h: ask me@x", "at http://h/a: see b@c")),
+        *((same, same) for same in ("http://h:8265 refused; ask me@example.com", "http://[::1]:80 is down, a@b")),
+        *((same, same) for same in ("at http://h:5000 is down; write to a@b.c now", "('http://h:80'): ask a@b.c")),
         *((same, same) for same in ("prior: step 3", "no dashboard at http://127.0.0.1:8265: refused", "a://")),
         *((same, same) for same in ("choose one, such as s3://b/**/*.csv", "https://b/part-?.csv: cut off")),
     ],
@@ -72,6 +76,8 @@ def test_values_and_words_are_shown_without_the_secrets_of_addresses() -> None:
     table = {"path": "https://me:my secret@b/a.csv", "lists": [{"path": "s3://b/a?k=secret", "weight": 0.5}], "n": None}
     shown = {"path": "https://me:***@b/a.csv", "lists": [{"path": "s3://b/a?***", "weight": 0.5}], "n": None}
     assert values_without_secrets(table) == shown
+    assert values_without_secrets({"folders": ["me:my secret@h"]}) == {"folders": ["me:***@h"]}
+    assert values_without_secrets("12 o'clock: me@host", "notes") == "12 o'clock: me@host"
     words = "'my demo.toml' --set pairs.path=https://me:secret@b/a.csv --set seed=1"
     assert words_without_secrets(words) == "'my demo.toml' --set 'pairs.path=https://me:***@b/a.csv' --set seed=1"
 
@@ -82,6 +88,24 @@ def test_values_and_words_are_shown_without_the_secrets_of_addresses() -> None:
         ("tracking.uri=me:secret@host:5000", "tracking.uri=me:***@host:5000"),
         ("tracking.uri=me:secret@host/x", "tracking.uri=me:***@host/x"),
         ("tracking.uri=http://me:my secret@host", "'tracking.uri=http://me:***@host'"),
+        ("tracking.uri=me:secret@[::1]:5000", "tracking.uri=me:***@[::1]:5000"),
+        ('tracking.uri="me:secret@host:5000"', "'tracking.uri=\"me:***@host:5000\"'"),
+        ("tracking.uri='me:my secret@h'", "\"tracking.uri='me:***@h'\""),
+        ("tracking.uri=me:my secret@host:5000", "tracking.uri=me:***@host:5000"),
+        ("tracking.uri=me:it's secret@host", "tracking.uri=me:***@host"),
+        ("tracking.uri=me:secret@h1:5,h2:5/db", "tracking.uri=me:***@h1:5,h2:5/db"),
+        ("tracking.uri=me:secret@host?x=1", "'tracking.uri=me:***@host?***'"),
+        ("tracking.uri = me:my secret@host", "'tracking.uri = me:***@host'"),
+        ("x = me:secret@host", "'x = me:***@host'"),
+        ("tracking.uri=:secret@host", "tracking.uri=:***@host"),
+        ("job.env.PROXY=me:my secret@host", "job.env.PROXY=me:***@host"),
+        ("job.env.DB=me:secret@h1:5,h2:5/db", "job.env.DB=me:***@h1:5,h2:5/db"),
+        ('x=[{a = 1, path = "me:my secret@h/a"}]', "'x=[{a = 1, path = \"me:***@h/a\"}]'"),
+        ("my=a.toml", "my=a.toml"),
+        ("https://me:my secret@h/a?b=c", "'https://me:***@h/a?***'"),
+        ("clip.name=hf-hub:owner/name@main", "clip.name=hf-hub:owner/name@main"),
+        ('clip.name="hf-hub:owner/name@main"', "'clip.name=\"hf-hub:owner/name@main\"'"),
+        ('name="12: ask me@host"', "'name=\"12: ask me@host\"'"),
         ("x=a cat: happy @ home", "'x=a cat: happy @ home'"),
         ("x=what? a=b", "'x=what? a=b'"),
         ("x=a:b@c d", "'x=a:b@c d'"),
@@ -98,6 +122,10 @@ def test_a_command_keeps_what_is_no_secret(word: str, shown: str) -> None:
 )
 def test_a_strange_text_is_read_once(text: str) -> None:
     assert without_secrets(text) == text
+
+
+def test_a_strange_value_is_read_once() -> None:
+    assert values_without_secrets(text := "a:" + "@" * 200_000 + " b") == text
 
 
 @pytest.fixture
@@ -156,12 +184,17 @@ def test_a_plan_names_another_address_without_its_secrets(options: list[str], tm
     recipe.write_text(tomli_w.dumps({"workspace": str(tmp_path / "w")}))
     loaded = load_recipe(recipe)
     [pairs] = make_plan(loaded, until="pairs")
-    of_store = dataclasses.replace(pairs, section=pairs.section | {"path": "s3://me:secret@b/pictures?key=secret"})
+    of_store = dataclasses.replace(pairs, section=pairs.section | {"path": "s3://me:5 secret@b/pictures?key=secret"})
     output = artifact_of(Workspace(loaded.workspace), of_store)
     output.commit(manifest_of(of_store, output))
     done = unclip_here("plan", str(recipe), *options)
     assert "pairs.path: s3://me:***@b/pictures?*** ->" in done.stdout
     assert "secret" not in done.stdout + done.stderr
+
+
+def test_the_report_shows_no_secret_of_an_address() -> None:
+    recipe = parse_recipe({"pairs": {"source": "list", "path": "me:my secret@h/a.csv"}})
+    assert ("pairs.path", "me:***@h/a.csv", '""') in recipe_changes(recipe)
 
 
 def test_the_command_of_a_job_holds_no_secret_of_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,5 +217,5 @@ def test_the_dashboard_of_a_job_shows_no_secret_of_its_workspace(monkeypatch: py
 
     client = Mock(list_jobs=list)
     monkeypatch.setattr(jobs, "dashboard_client", lambda _: (client, "http://h:1"))
-    jobs.submit_recipe(parse_recipe({"workspace": "s3://me:secret@bucket/w", "tracking": {"uri": "http://h:5000"}}))
+    jobs.submit_recipe(parse_recipe({"workspace": "s3://me:5 secret@bucket/w", "tracking": {"uri": "http://h:5000"}}))
     assert client.submit_job.call_args.kwargs["metadata"]["workspace"] == "s3://me:***@bucket/w"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.addresses import without_secrets
+from pipeline.addresses import values_without_secrets, without_password
 from pipeline.errors import ConfigError, DataError
 from pipeline.recipe.initial_files import missing_files, num_files
 from pipeline.recipe.recipe import SAMPLING, Recipe, flatten, to_dict, without_resources
@@ -352,14 +352,10 @@ def unseen_inputs(recipe: Recipe) -> list[str]:
             continue
         for path in [path for one in section.each() for path in one.local_paths(row.files).values()]:
             if files_by_size := unseen_files(path, section.known_by_size):
-                files = (
-                    f"{len(files_by_size)} files, such as {files_by_size[0]},"
-                    if len(files_by_size) > 1
-                    else f"{files_by_size[0]}"
-                )
+                first = without_password(str(files_by_size[0]))
+                files = f"{len(files_by_size)} files, such as {first}," if len(files_by_size) > 1 else first
                 notes.append(
-                    f"{row.name}: a change of {without_secrets(files)} is noticed only by its size: the content is not "
-                    "looked at"
+                    f"{row.name}: a change of {files} is noticed only by its size: the content is not looked at"
                 )
     return notes
 
@@ -370,7 +366,7 @@ def passing_inputs(recipe: Recipe) -> list[str]:
     The key of the other one holds its content, so there is no plan without it, also when that training has begun.
     """
     return [
-        f"{name}: init_from {without_secrets(path)} is removed when its training is beyond it, and this recipe has no "
+        f"{name}: init_from {without_password(path)} is removed when its training is beyond it, and this recipe has no "
         "plan without it: "
         f"{_to_copy(path)} elsewhere and name the copy (the same content goes on with the same training)"
         for name, section in recipe.trained().items()
@@ -436,4 +432,5 @@ def _differences(previous: Manifest, step: Step) -> list[str]:
     defaults = flatten(_ADDED_LATER, f"{step.name}.")  # what a section without these fields was made with
     old, new = (defaults | flatten(section, f"{step.name}.") for section in (previous.section, step.section))
     changed = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
-    return reasons + [without_secrets(f"{name}: {old.get(name)} -> {new.get(name)}") for name in changed]
+    shown_old, shown_new = values_without_secrets(old), values_without_secrets(new)
+    return reasons + [f"{name}: {shown_old.get(name)} -> {shown_new.get(name)}" for name in changed]

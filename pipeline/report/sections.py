@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.addresses import values_without_secrets
+from pipeline.addresses import values_without_secrets, without_password
 from pipeline.errors import DataError
 from pipeline.pictures.frame import thumbnail
 from pipeline.pictures.read import decode
@@ -199,7 +199,7 @@ def pairs_of(done: Done, lists: Sequence[PairsList] = ()) -> Json | None:
         "ok": counts.get("ok", 0),
         "validation": metrics.get("validation", 0),
         "lists": [
-            f"list {number} ({values_without_secrets(one.path)}): {rows['ok']:,} of {rows['in']:,} rows, "
+            f"list {number} ({without_password(one.path)}): {rows['ok']:,} of {rows['in']:,} rows, "
             f"{rows['duplicate']:,} came before; weight {one.weight:g}"
             for number, (one, rows) in enumerate(zip(lists, metrics.get("lists", []), strict=False), 1)
         ],
@@ -275,7 +275,7 @@ def recipe_changes(recipe: Recipe) -> list[tuple[str, str, str]]:
     tables = to_dict(recipe)
     defaults, values = flatten(default_tables(tables)), flatten(tables)
     return [
-        (name, _text(values_without_secrets(value)), _text(defaults[name]) if name in defaults else "")
+        (name, _text(values_without_secrets(value, name)), _text(defaults[name]) if name in defaults else "")
         for name, value in values.items()
         if value is not None and defaults.get(name) != value
     ]

@@ -25,7 +25,7 @@ import requests
 from ray.dashboard.modules.job.pydantic_models import JobDetails
 from ray.job_submission import JobSubmissionClient
 
-from pipeline.addresses import without_secrets
+from pipeline.addresses import without_password
 from pipeline.errors import ConfigError, StepError, first_line
 from pipeline.recipe.paths import with_absolute_paths
 from pipeline.recipe.plan import make_plan
@@ -129,7 +129,7 @@ def submit_recipe(
     environment, secrets = runtime_environment(recipe.job), secret_values(recipe.job, os.environ)
     number = max(attempts, default=0) + 1
     job_id = base if number == 1 else f"{base}-{number}"
-    workspace = without_secrets(recipe.workspace)  # for people, on the cluster's dashboard
+    workspace = without_password(recipe.workspace)  # for people, on the cluster's dashboard
     may_be_ours = is_loopback(url) and "pip" not in environment  # pip's environment has an interpreter of its own
     with tempfile.TemporaryDirectory(prefix="unclip-") as folder:
         _pack(source or Path(__file__).parents[2], recipe, Path(folder))

@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Generator
 
-from pipeline.addresses import without_secrets
+from pipeline.addresses import without_password, without_secrets
 
 _SILENCE_S = 10.0
 _log = logging.getLogger(__name__)
@@ -19,7 +19,7 @@ class Outage:
     """
 
     def __init__(self, where: str) -> None:
-        self._where = without_secrets(where)
+        self._where = without_password(where)
         self._began = time.monotonic()
         self._is_said = False
 

@@ -13,7 +13,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
-from pipeline.addresses import without_password, without_secrets
+from pipeline.addresses import without_password
 from pipeline.errors import ConfigError
 from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.tracking.outbox import RECORDS, SENT, Outbox, count_waiting
@@ -157,7 +157,7 @@ class Place:
     @property
     def kept_in(self) -> str:
         """Where records wait."""
-        return without_secrets(f"{self.root}/{self._folder}/{RECORDS}")
+        return without_password(f"{self.root}/{self._folder}/{RECORDS}")
 
     def _identity(self, folder: Path) -> str:
         """Another one for a copy, because its folder is another one."""

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline.addresses import values_without_secrets, without_secrets
+from pipeline.addresses import values_without_secrets, without_password
 from pipeline.recipe.recipe import Recipe, flatten, to_dict
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.tracking.tracker import now_ms
@@ -34,7 +34,7 @@ def version_record(recipe: Recipe, context: StepContext, run: list[str], alias: 
 
 def model_record(op: str, name: str, context: StepContext, run: list[str]) -> Json:
     """What a step has trained, or measured, by its key and its inputs; the weights stay in the workspace."""
-    step, uri = context.step, without_secrets(context.output.uri)
+    step, uri = context.step, without_password(context.output.uri)
     facts = {"step": step.name, "key": step.key, "artifact": uri, "inputs": step.inputs}
     tags = {"unclip.key": step.key, "unclip.artifact": uri}
     return {"op": op, "run": run, "name": name, "tags": tags, "text": json.dumps(facts, indent=1)}
@@ -46,7 +46,7 @@ def datasets_of(context: StepContext) -> list[Json]:
     for name, artifact in context.inputs.items():
         manifest = artifact.manifest()
         if manifest is not None:
-            source = json.dumps({"uri": without_secrets(artifact.uri)})
+            source = json.dumps({"uri": without_password(artifact.uri)})
             profile = json.dumps({"rows": manifest.counts, "key": manifest.key})
             datasets.append({"name": name, "digest": content_of(manifest), "source": source, "profile": profile})
     if not context.step.inputs:

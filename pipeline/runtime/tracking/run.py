@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from pipeline.addresses import values_without_secrets, without_secrets
+from pipeline.addresses import values_without_secrets
 from pipeline.errors import UnclipError
 from pipeline.recipe.plan import Step
 from pipeline.recipe.recipe import Recipe, flatten
@@ -240,7 +240,7 @@ class Tracking:
 
     def _start_record(self, step: str, title: str, params: Json, tags: dict[str, str]) -> Json:
         run = {"op": "start", "run": self._run(step), "name": title, "params": params, "time_ms": now_ms()}
-        return run | {"tags": {name: without_secrets(value) for name, value in tags.items() if value}}
+        return run | {"tags": values_without_secrets({name: value for name, value in tags.items() if value})}
 
     def _add_readings(self, readings: dict[str, float]) -> None:
         now = now_ms()
