@@ -1,6 +1,7 @@
 """Requests with a timeout: refused if it cannot be kept, and dropped when it is over, whatever works on them."""
 
 import asyncio
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -284,13 +285,28 @@ def test_a_hook_is_asked_about_all_pictures_of_a_request_at_once() -> None:
     assert sampled.images.shape == (4, 16, 16, 3)
 
 
-def test_a_hook_that_fails_at_one_picture_is_asked_about_no_further_ones() -> None:
-    def hook(_prompt: str, image: Images | None) -> None:
-        if image is not None:
-            raise TimeoutError("the service does not answer")
+def test_an_error_of_the_hook_ends_the_request_and_calls_that_wait_for_a_thread_never_begin() -> None:
+    most, numbers, may_end = safety.NUM_THREADS, itertools.count(1), threading.Event()
 
-    with pytest.raises(TimeoutError, match="the service does not answer"):
-        asyncio.run(guarded_by(hook).sample(SampleRequest("quick", (1, 2))))
+    def hook(_prompt: str, image: Images | None) -> None:
+        if image is None:
+            return
+        if next(numbers) == 1:
+            raise TimeoutError("the service does not answer")
+        assert may_end.wait(60)
+
+    calls = SafetyCalls(hook)
+    guarded = GuardedModel(Networks(), 16, Meter(), calls)  # pyright: ignore[reportArgumentType]
+
+    async def ask() -> None:
+        with pytest.raises(TimeoutError, match="the service does not answer"):
+            await guarded.sample(SampleRequest("quick", tuple(range(most + 8))))
+        await asyncio.sleep(0)  # in the loop's next round the others are cancelled
+        may_end.set()
+        await asyncio.to_thread(calls._threads.shutdown)
+
+    asyncio.run(ask())
+    assert next(numbers) - 1 <= most + 1  # the thread that failed may have begun another one
 
 
 def test_a_hook_that_hangs_is_given_up_and_said_once_by_log_and_readyz(
