@@ -21,7 +21,7 @@ from pipeline.serve.guards import Guards, GuardSettings
 from pipeline.serve.keys import KeyRing, Meter
 from pipeline.serve.metrics import HttpMetrics
 from pipeline.serve.protocols import Neighbours, PictureModel
-from pipeline.serve.safety import SafetyCalls, load_hook
+from pipeline.serve.safety import open_safety
 from pipeline.serve.traces import open_traces
 from pipeline.serve.upkeep import Upkeep
 from pipeline.workspace.store import Artifact
@@ -36,7 +36,8 @@ class Front:
     Args:
         config: How it is guarded.
         http_metrics: What all HTTP processes measure, if there are several.
-        before: What this process has served until now: its counts go on, also those of what keys have used.
+        before: What this process has served until now: its counts go on, also those of what keys have used,
+            and so do calls of the same safety hook.
 
     Raises:
         ConfigError: If the keys, the safety hook or the log cannot be used, or traces need a package that is missing.
@@ -52,7 +53,7 @@ class Front:
         self._http_metrics = http_metrics
         self.metrics = before.metrics if before else HttpMetrics()
         self.upkeep = before.upkeep if before else Upkeep(self.metrics.registry)
-        self._safety = SafetyCalls(load_hook(config.safety_hook)) if config.safety_hook else None
+        self._safety = open_safety(config.safety_hook, before._safety if before else None)
         if config.provenance:
             Signer.read(Path(config.provenance))  # what cannot be read is said before anything starts
         self.keys = KeyRing(Path(config.keys), before.keys if before else None) if config.keys else None

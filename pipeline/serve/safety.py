@@ -54,7 +54,7 @@ class SafetyCalls:
     """
 
     def __init__(self, hook: SafetyHook) -> None:
-        self._hook = hook
+        self.hook = hook
         self._threads = ThreadPoolExecutor(NUM_THREADS, "unclip-hook")
         self._begun_s: dict[object, float] = {}
         """When each call that has not ended began, by ``time.monotonic``."""
@@ -99,6 +99,23 @@ class SafetyCalls:
         this = object()
         self._begun_s[this] = time.monotonic()
         try:
-            return self._hook(prompt, image)
+            return self.hook(prompt, image)
         finally:
             del self._begun_s[this]
+
+
+def open_safety(name: str, before: SafetyCalls | None) -> SafetyCalls | None:
+    """Calls of the hook that a recipe names.
+
+    Args:
+        name: As ``load_hook`` takes it; empty: there is none.
+        before: Those that this process has made until now. If the hook is the same, they go on: calls that hang keep
+            their threads.
+
+    Raises:
+        ConfigError: If there is no such function.
+    """
+    if not name:
+        return None
+    hook = load_hook(name)
+    return before if before is not None and before.hook is hook else SafetyCalls(hook)

@@ -2,11 +2,13 @@
 
 import asyncio
 import itertools
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -17,6 +19,8 @@ from starlette.testclient import TestClient
 
 from models.request import SampleRequest
 from pipeline.recipe.picture_card import ModelCard
+from pipeline.recipe.serve_sections import ServeConfig
+from pipeline.runtime.front import Front
 from pipeline.serve import safety
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.engine import Engine
@@ -329,3 +333,31 @@ def test_a_hook_that_hangs_is_given_up_and_said_once_by_log_and_readyz(
     begun, ended = (record.getMessage() for record in caplog.records if "safety_hook" in record.getMessage())
     assert begun.startswith("serve.safety_hook has not answered for 0.05 s")
     assert ended == "serve.safety_hook: no call hangs any more"
+
+
+def test_a_swap_goes_on_with_the_calls_of_the_same_hook(
+    hook: Hook, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "hooks", SimpleNamespace(same=hook, other=lambda *_: None))
+    config = ServeConfig(safety_hook="hooks:same")
+    before = Front(config)
+    calls: Any = before._safety
+
+    async def ask_and_leave() -> None:
+        call = asyncio.ensure_future(calls.reason("hang", None))
+        await asyncio.to_thread(wait_until, lambda: hook.calls == ["hang"])
+        call.cancel()
+        await asyncio.wait([call])
+
+    asyncio.run(ask_and_leave())
+    monkeypatch.setattr(safety, "_LONGEST_S", 0)  # it hangs from its beginning
+
+    def note(front: Front) -> str:
+        front.gate.open(create_app(Networks(), None, ApiSettings(ModelCard("tiny", 16))))  # pyright: ignore[reportArgumentType]
+        return TestClient(front.gate, base_url="http://127.0.0.1").get("/readyz").json().get("note", "")
+
+    same = Front(config, before=before)
+    assert note(before) == note(same) == "calls of the safety hook hang: 1 of 32"
+    assert len([one for one in caplog.records if "has not answered" in one.getMessage()]) == 1
+    assert note(Front(ServeConfig(safety_hook="hooks:other"), before=same)) == ""
+    assert note(Front(ServeConfig(), before=same)) == ""
