@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import NoReturn
 
 import psutil
@@ -42,18 +42,17 @@ class KeptRay:
         import ray
 
         from pipeline.runtime.connection import connect, own_servers
-        from pipeline.runtime.spare import keep_spare, load_ahead
+        from pipeline.runtime.spare import keeping_spare, load_ahead
 
         if self._has_spare:
             load_ahead()
         try:
             with suppress(KeyboardInterrupt), connect():
                 servers = own_servers()
-                if self._has_spare:
-                    keep_spare(servers, self._announce)
                 pids = [server.pid for server in servers]
                 self._notes.write({"address": ray.get_runtime_context().gcs_address, "servers": pids})
-                kept.wait_until_keeper_ends()
+                with keeping_spare(servers, self._announce) if self._has_spare else nullcontext():
+                    kept.wait_until_keeper_ends()
         except StepError as error:
             self._notes.write({"error": str(error)})
 

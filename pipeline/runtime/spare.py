@@ -7,8 +7,8 @@ process before there is work for it, if it is asked to, and lets it load modules
 import contextlib
 import os
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import psutil
@@ -25,6 +25,8 @@ RAY = {
 _KEEP_S = 10 * 365 * 86400
 _ANSWERS_S = 5.0
 _LOOK_EVERY_S = 2.0
+_FAILURES_TO_SAY = 2
+"""One look may be at a Ray that just ends."""
 
 
 def load_ahead() -> None:
@@ -35,19 +37,25 @@ def load_ahead() -> None:
     os.environ.update({name: value for name, value in RAY.items() if name not in os.environ})
 
 
-def keep_spare(servers: Sequence[psutil.Process], announce: Callable[[str], None]) -> None:
-    """Have one process of our own Ray idle from now on; it takes about .45 GB of memory.
+@contextmanager
+def keeping_spare(servers: Sequence[psutil.Process], announce: Callable[[str], None]) -> Generator[None]:
+    """Have one process of our own Ray idle inside a block; it takes about .45 GB of memory.
 
     Args:
         servers: Of our own Ray.
         announce: Takes a line if Ray starts none, for whatever reason: a replica that is killed then takes longer to be
             back, and nothing else is amiss.
     """
-    threading.Thread(target=_keep, args=(servers, announce), name="unclip-spare", daemon=True).start()
+    ended = threading.Event()
+    threading.Thread(target=_keep, args=(servers, announce, ended), name="unclip-spare", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
-def _keep(servers: Sequence[psutil.Process], announce: Callable[[str], None]) -> None:
-    address, is_failing = "", False
+def _keep(servers: Sequence[psutil.Process], announce: Callable[[str], None], ended: threading.Event) -> None:
+    address, num_failures = "", 0
     while are_alive([*servers]):
         try:
             [raylet] = (server for server in servers if server.name() == "raylet")
@@ -55,12 +63,13 @@ def _keep(servers: Sequence[psutil.Process], announce: Callable[[str], None]) ->
             if not any(map(_is_idle, raylet.children())):
                 _start_one(address)
         except Exception as error:  # noqa: BLE001  (private parts of Ray, which no request depends on)
-            if not is_failing and are_alive([*servers]):
+            num_failures += 1
+            if num_failures == _FAILURES_TO_SAY and not ended.is_set():
                 announce(f"Ray keeps no spare process, so a replica that dies takes longer to be back: {error!r}")
-            is_failing = True
         else:
-            is_failing = False
-        time.sleep(_LOOK_EVERY_S)
+            num_failures = 0
+        if ended.wait(_LOOK_EVERY_S):
+            return
 
 
 def _address() -> str:

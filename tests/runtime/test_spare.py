@@ -5,9 +5,10 @@ import json
 import socket
 import subprocess
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -42,11 +43,11 @@ def wait_for_one():
     return idle()
 
 spare.load_ahead()
-with connect():
+with connect(), contextlib.ExitStack() as keeping:
     servers, lines = own_servers(), []
     [raylet] = (server for server in servers if server.name() == "raylet")
     result = {"first": idle()}
-    spare.keep_spare(servers, lines.append)
+    keeping.enter_context(spare.keeping_spare(servers, lines.append))
     result["idle"] = wait_for_one()
     replica = Replica.remote()
     result["replica"] = ray.get(replica.look.remote())
@@ -120,17 +121,31 @@ def test_that_ray_starts_none_is_said_once_whatever_the_reason(
     looks, lines = list[float](), list[str]()
     with process_without_children(tmp_path / name) as raylet:
 
-        def end_after_three(seconds: float) -> None:
+        def end_after_three(seconds: float) -> bool:
             looks.append(seconds)
             if len(looks) == 3:
                 raylet.kill()
                 raylet.wait()
+            return False
 
-        monkeypatch.setattr(spare.time, "sleep", end_after_three)
-        spare._keep([raylet], lines.append)
+        spare._keep([raylet], lines.append, _ended(end_after_three))
     assert len(looks) == 3
     assert len(lines) == 1
     assert lines[0].startswith("Ray keeps no spare process, so a replica that dies takes longer to be back: ")
+
+
+def _ended(wait: Callable[[float], bool], *, is_set: bool = False) -> Any:
+    return SimpleNamespace(wait=wait, is_set=lambda: is_set)
+
+
+def test_nothing_is_said_of_a_ray_that_is_being_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(ray, "nodes", lambda: [_NODE])
+    looks, lines = list[float](), list[str]()
+    with process_without_children(tmp_path / "raylet") as raylet:
+        spare._keep(
+            [raylet], lines.append, _ended(lambda seconds: looks.append(seconds) or len(looks) == 3, is_set=True)
+        )
+    assert (len(looks), lines) == (3, [])
 
 
 _IMPORTS = """
@@ -149,7 +164,7 @@ def test_what_only_the_spare_needs_of_ray_is_imported_for_it_alone() -> None:
 def test_a_recipe_says_whether_there_is_one(monkeypatch: pytest.MonkeyPatch, *, has_spare: bool) -> None:
     asked = list[str]()
     monkeypatch.setattr(spare, "load_ahead", lambda: asked.append("modules"))
-    monkeypatch.setattr(spare, "keep_spare", lambda *_: asked.append("process"))
+    monkeypatch.setattr(spare, "keeping_spare", lambda *_: asked.append("process") or contextlib.nullcontext())
     monkeypatch.setattr(connection, "connect", contextlib.nullcontext)
     monkeypatch.setattr(connection, "own_servers", list)
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="127.0.0.1:1"))
