@@ -256,7 +256,7 @@ def test_policies_are_asked_for_some_at_a_time(hostile: HostileServer, names: Na
     names |= {host: (0, ["127.0.0.1"]) for host in hosts}
     hostile.robots = dict.fromkeys(hosts, "slow")
     resources = DownloadResources(max_per_host=1, num_connections=2)
-    config = replace(_CONFIG, robots_txt=True, tdm_reservation=True, deadline_s=3, resources=resources)
+    config = replace(_CONFIG, robots_txt=True, tdm_reservation=True, deadline_s=20, resources=resources)
     with Downloader(config, _NEAR) as downloader:
         urls = [f"http://{host}:{hostile.port}/ok" for host in hosts]
         assert downloader.download(rows_of(urls), "00000", files_in(tmp_path))["ok"] == 40
