@@ -85,7 +85,7 @@ def test_submit_again_runs_nothing_again(submitted: Submitted) -> None:
     second = submitted.typed("submit", *_CHANGES)
     assert second.returncode == 0, second.stdout
     assert "has succeeded" in second.stdout
-    assert len(before) == 10
+    assert len(before) == 11
     assert commits() == before
     assert submitted.typed("jobs").stdout.count("succeeded") == 1
     assert "evaluate: done in" in submitted.typed("logs").stdout
