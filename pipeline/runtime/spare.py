@@ -25,6 +25,8 @@ RAY = {
 _KEEP_S = 10 * 365 * 86400
 _ANSWERS_S = 5.0
 _LOOK_EVERY_S = 2.0
+_FIRST = 2
+"""Ray Serve's controller and a replica are asked for at once, and load on a core each."""
 _FAILURES_TO_SAY = 2
 """One look may be at a Ray that just ends."""
 
@@ -55,13 +57,14 @@ def keeping_spare(servers: Sequence[psutil.Process], announce: Callable[[str], N
 
 
 def _keep(servers: Sequence[psutil.Process], announce: Callable[[str], None], ended: threading.Event) -> None:
-    address, num_failures = "", 0
+    address, num_failures, number = "", 0, _FIRST
     while are_alive([*servers]):
         try:
             [raylet] = (server for server in servers if server.name() == "raylet")
             address = address or _address()
             if not any(map(_is_idle, raylet.children())):
-                _start_one(address)
+                _start(address, number)
+                number = 1
         except Exception as error:  # noqa: BLE001  (private parts of Ray, which no request depends on)
             num_failures += 1
             if num_failures == _FAILURES_TO_SAY and not ended.is_set():
@@ -80,13 +83,13 @@ def _address() -> str:
     return f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
 
 
-def _start_one(address: str) -> None:
-    """Ask the raylet for a process, by a call for which Ray has no Python function."""
+def _start(address: str, number: int) -> None:
+    """Ask the raylet for processes, by a call for which Ray has no Python function."""
     from ray._private.grpc_utils import init_grpc_channel
     from ray.core.generated import node_manager_pb2, node_manager_pb2_grpc
 
     messages: Any = node_manager_pb2  # its classes are made when it is imported
-    request = messages.PrestartWorkersRequest(num_workers=1, keep_alive_duration_secs=_KEEP_S)
+    request = messages.PrestartWorkersRequest(num_workers=number, keep_alive_duration_secs=_KEEP_S)
     request.runtime_env_info.serialized_runtime_env = "{}"
     channel: Any = init_grpc_channel(address)
     with channel:

@@ -49,22 +49,21 @@ with connect(), contextlib.ExitStack() as keeping:
     result = {"first": idle()}
     keeping.enter_context(spare.keeping_spare(servers, lines.append))
     result["idle"] = wait_for_one()
-    replica = Replica.remote()
-    result["replica"] = ray.get(replica.look.remote())
+    replicas = [Replica.remote() for _ in result["idle"]]
+    result["replicas"] = ray.get([replica.look.remote() for replica in replicas])
     result["next"] = wait_for_one()
     print(json.dumps({**result, "lines": lines}))
 """
 
 
 @pytest.mark.ray
-def test_an_actor_takes_the_one_idle_process_which_has_loaded_torch_and_another_one_comes() -> None:
+def test_actors_take_the_idle_processes_which_have_loaded_torch_and_one_more_comes() -> None:
     done = subprocess.run([sys.executable, "-c", _TAKE], check=True, capture_output=True, text=True, timeout=200)
     result = json.loads(done.stdout)
-    [idle] = result["idle"]
     [other] = result["next"]
-    assert (result["first"], result["lines"]) == ([], [])
-    assert result["replica"] == [idle, True]
-    assert other != idle
+    assert (result["first"], len(result["idle"]), result["lines"]) == ([], 2, [])  # for the controller and a replica
+    assert sorted(result["replicas"]) == [[pid, True] for pid in sorted(result["idle"])]
+    assert other not in result["idle"]
 
 
 _OPEN_NO_GPU = """
