@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import openai
 import pytest
@@ -134,3 +135,9 @@ def server(recipe: Recipe, neighbours: LocalNeighbours) -> Iterator[Server]:
 @pytest.fixture
 def client(server: Server) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Path:
+    """Where a file of keys goes."""
+    return tmp_path / "keys.json"
