@@ -7,6 +7,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -19,6 +20,7 @@ from models.decoder.config import DecoderConfig
 from models.decoder.network import Decoder
 from models.decoder.stage import DecoderStage
 from models.diffusion.config import DiffusionConfig, SamplerConfig
+from models.editor import Editor, EditSettings
 from models.prior.config import PriorConfig
 from models.prior.network import Prior
 from models.prior.stage import PriorStage
@@ -141,3 +143,8 @@ def client(server: Server) -> openai.OpenAI:
 def keys(tmp_path: Path) -> Path:
     """Where a file of keys goes."""
     return tmp_path / "keys.json"
+
+
+@pytest.fixture(scope="module")
+def editor(server: Any) -> Editor:
+    return Editor(server.cascade, EditSettings(num_steps=3))

@@ -1,16 +1,9 @@
 """Requests that start from pictures, by OpenAI's own client and by forms."""
 
-import asyncio
 import base64
 import inspect
 import io
 import json
-import os
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,39 +13,22 @@ import openai
 import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from models.cascade import Cascade
 from models.editor import Editor, EditSettings
-from models.pca import Pca
-from models.request import EditError, SampleRequest, StartPicture, Variation
+from models.request import SampleRequest, StartPicture, Variation
 from models.stage import Z_IMAGE
-from pipeline.errors import ConfigError, DataError, StepError
 from pipeline.recipe.picture_card import ModelCard
-from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.provenance import Signer
-from pipeline.sampling import edit_pictures
-from pipeline.sampling.edit_options import EditOptions
-from pipeline.sampling.edit_pictures import EDITS as COMMANDS
-from pipeline.sampling.edit_pictures import Sources
-from pipeline.serve import embedder as embedder_module
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.edits import EDITS
-from pipeline.serve.embedder import Embedder
-from pipeline.serve.engine import Engine
-from pipeline.serve.protocols import NotServing
 from tests.serve.asking import run_phases
-from tests.tiny.command import ROOT
+from tests.serve.edit_requests import STEPS, images, png_of, post
 from tests.tiny.pictures import almost_equal, noisy_picture, png, raw, tensor
 from tests.tiny.shards import pixels, plain_picture
 
 PROMPT = "a large red circle on a white background"
-STEPS = {"num_inference_steps": "3"}
-
-
-@pytest.fixture(scope="module")
-def editor(server: Any) -> Editor:
-    return Editor(server.cascade, EditSettings(num_steps=3))
 
 
 def right_half(side_px: int = 32, *, alpha: bool = True) -> bytes:
@@ -60,17 +36,6 @@ def right_half(side_px: int = 32, *, alpha: bool = True) -> bytes:
     masked = np.zeros((side_px, side_px), np.uint8)
     masked[:, side_px // 2 :] = 255
     return png(np.stack([masked] * 3 + [255 - masked], axis=2) if alpha else masked)
-
-
-def post(server: Any, route: str, *pictures: bytes, mask: bytes | None = None, **fields: str) -> httpx.Response:
-    files = [("image[]", ("picture.png", data)) for data in pictures]
-    files += [("mask", ("mask.png", mask))] if mask else []
-    return httpx.post(f"{server.url}/v1/images/{route}", data=STEPS | fields, files=files, timeout=120)
-
-
-def images(answer: Any) -> list[Any]:
-    data = answer.json()["data"] if isinstance(answer, httpx.Response) else [one.to_dict() for one in answer.data]
-    return [pixels(base64.b64decode(one["b64_json"])) for one in data]
 
 
 def test_openais_client_inpaints_where_the_mask_is_transparent(server: Any, client: openai.OpenAI) -> None:
@@ -179,152 +144,6 @@ def test_text_diffs_are_those_of_the_command(server: Any, editor: Editor) -> Non
     assert almost_equal(alone, images(answer)[1])
 
 
-def test_pca_reconstructions_are_those_of_the_command(
-    server: Any, editor: Editor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    picture, embed = noisy_picture(1), finished_artifacts(server.recipe, ("embed",))["embed"]
-    basis, _ = torch.linalg.qr(torch.from_numpy(np.random.default_rng(0).normal(size=(16, 16))))
-    pca = Pca(
-        torch.zeros(16, dtype=torch.float64), basis, torch.ones(16), 16.0
-    )  # its own embeddings are nearly their mean
-    monkeypatch.setattr(edit_pictures, "training_pca", lambda _: pca)
-    monkeypatch.setattr(server.engine._embedder, "fit_pca", lambda _: pca)
-    monkeypatch.setattr(server.engine._embedder, "_fitting", None)
-    sources = Sources(("a.png",), (Image.fromarray(pixels(picture)),), embed)
-    frames = COMMANDS["pca-reconstruct"](editor, sources, EditOptions(seed=5, components=(1, 4)))
-    answer = post(server, "pca-reconstructions", picture, components="1, 4", seed="5")
-    assert all(almost_equal(one, same) for one, same in zip(images(answer), frames.result.images, strict=True))
-    assert not almost_equal(images(answer)[0], images(answer)[2])
-    frames_of_answer = [(row["seed"], row["components"]) for row in answer.json()["data"]]
-    assert frames_of_answer == [(row["seed"], row["components"]) for row in frames.rows] == [(5, 1), (5, 4), (5, 16)]
-    [usual] = images(post(server, "pca-reconstructions", picture, seed="5"))  # 16 are fewer than any of the usual ones
-    assert almost_equal(usual, images(answer)[2])
-
-
-def test_pca_reconstructions_stream_with_previews_and_say_what_they_are(server: Any) -> None:
-    fields = {"components": "2", "stream": "true", "partial_images": "1", "seed": "5", "num_inference_steps": "10"}
-    stream = post(server, "pca-reconstructions", noisy_picture(1), **fields)
-    events = [json.loads(line[6:]) for line in stream.text.splitlines() if line.startswith("data: ")]
-    assert [event["type"] for event in events] == ["image_edit.partial_image"] * 2 + ["image_edit.completed"] * 2
-    assert [event["components"] for event in events[2:]] == [2, 16]
-    frames = [json.loads(png_of(base64.b64decode(event["b64_json"])).text["unclip"]) for event in events[2:]]
-    assert [facts["frame"] for facts in frames] == [{"components": 2}, {"components": 16}]
-    facts = frames[-1]
-    assert facts["edit"].pop("sources")
-    assert facts["edit"] == {"kind": "pcareconstruction", "components": [2, 16]}
-    assert (facts["sampling"]["decoder"]["method"], facts["seed"]) == ("ddim", 5)
-
-
-@pytest.mark.parametrize(
-    "error", [ConfigError("too few training embeddings"), DataError("00001.parquet: damaged; fetch it again")]
-)
-def test_principal_components_are_found_once_and_a_while_after_an_error_again(
-    server: Any, monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    embedder, calls = Embedder(server.cascade.clip), list[None]()
-    image, fit = pixels(noisy_picture(1)).copy(), server.engine._embedder.fit_pca
-
-    def fit_pca(check: Callable[[], None]) -> Pca:
-        calls.append(None)
-        if len(calls) == 1:
-            raise error
-        return fit(check)
-
-    with pytest.raises(EditError, match="without their training embeddings"):
-        asyncio.run(embedder.reduce_image(image, [1]))
-    embedder.fit_pca = fit_pca
-    for _ in range(2):
-        with pytest.raises(EditError, match=f"no principal components: {error}"):
-            asyncio.run(embedder.reduce_image(image, [1]))
-    assert len(calls) == 1
-    monkeypatch.setattr(embedder_module, "_AGAIN_AFTER_S", 0.0)
-
-    async def several() -> list[Any]:
-        return await asyncio.gather(*(embedder.reduce_image(image, [count]) for count in (1, 2, 16)))
-
-    answers = asyncio.run(several())
-    assert len(calls) == 2
-    assert [components for components, _ in answers] == [(1, 16), (2, 16), (16, 16)]
-    np.testing.assert_allclose(np.linalg.norm(answers[0][1], axis=1), 1, atol=1e-5)
-    np.testing.assert_allclose(answers[2][1][0], answers[2][1][1], atol=1e-5)
-
-
-def test_a_store_that_does_not_answer_for_a_moment_is_asked_again_at_once(server: Any) -> None:
-    embedder, fit = Embedder(server.cascade.clip), server.engine._embedder.fit_pca
-    image, answers = pixels(noisy_picture(1)).copy(), iter([False, True])
-
-    def fit_pca(check: Callable[[], None]) -> Pca:
-        if not next(answers):
-            raise StepError("s3: no answer")
-        return fit(check)
-
-    embedder.fit_pca = fit_pca
-    with pytest.raises(StepError, match="no answer"):
-        asyncio.run(embedder.reduce_image(image, [1]))
-    components, _ = asyncio.run(embedder.reduce_image(image, [1]))
-    assert components == (1, 16)
-
-
-def test_a_search_for_components_ends_with_its_engine(make_engine: Callable[..., Engine]) -> None:
-    engine, image, begun = make_engine(), pixels(noisy_picture(1)).copy(), threading.Event()
-
-    def fit_pca(check: Callable[[], None]) -> Pca:
-        begun.set()
-        while True:
-            check()
-            time.sleep(0.01)
-
-    async def ask() -> None:
-        asked = asyncio.create_task(engine.reduce_image(image, [1]))
-        await asyncio.to_thread(begun.wait)
-        await asyncio.to_thread(engine.close)
-        with pytest.raises(NotServing):
-            await asked
-
-    engine.use_components(fit_pca)
-    asyncio.run(ask())
-    assert not [thread for thread in threading.enumerate() if thread.name == "unclip-pca"]
-
-
-_ENDS_WITH_A_SEARCH = """
-import asyncio, threading
-import numpy as np
-from pipeline.serve import embedder
-from pipeline.serve.engine import Engine
-from tests.tiny.networks import make_cascade
-
-embedder._END_WAIT_S, begun = 0.0, threading.Event()
-
-def fit_pca(_):
-    begun.set()
-    threading.Event().wait()  # a store that is silent
-
-async def ask():
-    asked = asyncio.create_task(engine.reduce_image(np.zeros((32, 32, 3), np.uint8), [1]))
-    await asyncio.to_thread(begun.wait)
-    asked.cancel()
-
-engine = Engine(make_cascade())
-engine.use_components(fit_pca)
-asyncio.run(ask())
-engine.close()
-"""
-
-
-def test_the_end_of_a_process_waits_for_no_search_for_components() -> None:
-    command, environment = [sys.executable, "-c", _ENDS_WITH_A_SEARCH], os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=50)
-    assert done.returncode == 0, done.stderr
-
-
-def test_networks_without_training_embeddings_have_no_principal_components(server: Any, serving: Any) -> None:
-    with serving(create_app(server.engine, None, ApiSettings(ModelCard("tiny", 32)))) as url:
-        files = {"image": noisy_picture(1)}
-        answer = httpx.post(f"{url}/v1/images/pca-reconstructions", files=files, timeout=60)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "index_not_found")
-    assert "a folder of networks" in answer.json()["error"]["message"]
-
-
 def test_a_size_ends_an_edit_at_the_stage_that_makes_it(server: Any) -> None:
     side = server.cascade.sides_px["decoder"]
     for route in ("variations", "reconstructions"):
@@ -385,12 +204,6 @@ def test_no_strength_gives_a_file_that_names_no_model_and_is_not_signed(server: 
     assert names == [set(), {"parameters", "unclip", "unclip-signature"}]
     assert "strength: with 0 the picture comes back as it is" in files[0].headers["X-Unclip-Notes"]
     np.testing.assert_array_equal(pixels(files[0].content), pixels(picture))
-
-
-def png_of(file: bytes) -> PngImagePlugin.PngImageFile:
-    picture = Image.open(io.BytesIO(file))
-    assert isinstance(picture, PngImagePlugin.PngImageFile)
-    return picture
 
 
 @pytest.mark.parametrize(
@@ -500,8 +313,14 @@ VALUES = {
     "user": "me", "safety_identifier": "me", "complexity": "low", "input_fidelity": "low", "frame_count": 3,
     "frame_duration_ms": 100, "svg": {"model": "x"}, "style": "vivid", "moderation": "low",
 }  # fmt: skip
+
+
 """A value of each parameter of the client that is not a file."""
+
+
 CLIENTS_OWN = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
+
+
 REFUSED = {"markup", "frame_count", "frame_duration_ms", "svg"}
 
 
