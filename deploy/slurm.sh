@@ -3,6 +3,9 @@
 # Run it again to continue. The tree, its .venv and the workspace must be on storage that all machines share.
 #
 #   sbatch --nodes=4 --gpus-per-node=8 deploy/slurm.sh configs/my.toml [--until STEP ...]
+#
+# Variables: UNCLIP_ROOT is the tree (default: where sbatch is called), RAY_PORT the head's port (6379), SLURM_TMPDIR a folder
+# on each machine's own disk (below /tmp).
 #SBATCH --job-name=unclip
 #SBATCH --ntasks-per-node=1
 #SBATCH --exclusive
