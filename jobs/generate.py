@@ -134,7 +134,9 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None, address: RayAddres
 def serve(
     recipe: RecipeOrFolder,
     host: Annotated[str, typer.Option("--host", help="Address to listen on; default: serve.host.")] = "",
-    port: Annotated[int, typer.Option("--port", help="Port to listen on; default: serve.port.")] = 0,
+    port: Annotated[
+        int, typer.Option("--port", help="Port to listen on; default: serve.port.", show_default=False)
+    ] = 0,
     name: Annotated[str, typer.Option("--name", help="Name of the model and of this server on its cluster.")] = "",
     config_only: Annotated[
         bool, typer.Option("--config-only", help="Print a file for Ray Serve's own `serve deploy`, and end.")

@@ -25,13 +25,41 @@ _CHANGES_LITTLE = {"seed", "batch_size", "num_shown", "num_images_per_shown"}
 """Settings of an evaluation whose measures compare all the same."""
 _VERSION = "step_version"
 """Among the settings: which release's numbers they are."""
-_LOWER_IS_BETTER = ("frechet", "cmmd", "bits_per_dim", "memori")
-_OF_PIXELS = ("pixel_check.", "held_out.", "frechet_features.", "upsampler_", "bits_per_dim.")
-"""Measures that no CLIP takes."""
-_OF_ROWS = ("prior.", "prior_2.", "decoder.", "upsampler_", "bits_per_dim.", "memorisation.")
-"""Measures of embedded rows, whatever the prompts are."""
 _ROWS = {"pairs", "download", "filter", "filter_embeddings"}
 """Steps that decide which rows are embedded."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How the numbers of one field of an evaluation's ``metrics.json`` compare."""
+
+    is_lower_better: bool = False
+    is_of_clip: bool = True
+    """Whether a CLIP takes them."""
+    is_of_rows: bool = False
+    """Whether they are of embedded rows, whatever the prompts are."""
+
+
+MEASURES = {
+    "pixel_check": Measure(is_of_clip=False),
+    "held_out": Measure(is_of_clip=False),
+    "clip_score": Measure(),
+    "r_precision": Measure(),
+    "preference": Measure(),
+    "frechet_clip": Measure(is_lower_better=True),
+    "frechet_features": Measure(is_lower_better=True, is_of_clip=False),
+    "cmmd": Measure(is_lower_better=True),
+    "precision": Measure(),
+    "recall": Measure(),
+    "prior": Measure(is_of_rows=True),
+    "prior_2": Measure(is_of_rows=True),
+    "decoder": Measure(is_of_rows=True),
+    "upsampler_1": Measure(is_of_clip=False, is_of_rows=True),
+    "upsampler_2": Measure(is_of_clip=False, is_of_rows=True),
+    "bits_per_dim": Measure(is_lower_better=True, is_of_clip=False, is_of_rows=True),
+    "memorisation": Measure(is_lower_better=True, is_of_rows=True),
+}
+"""By field of ``metrics.json``; its other fields say what was measured."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +200,11 @@ def promote(
             another way: with other settings, by another CLIP or on other rows.
         StepError: If another process promotes a cascade of this workspace at the moment.
     """
-    measures = {name: float(value) for name, value in manifest.metrics.items() if isinstance(value, int | float)}
+    measures = {
+        name: float(value)
+        for name, value in manifest.metrics.items()
+        if isinstance(value, int | float) and _field_of(name) in MEASURES
+    }
     if by not in measures:
         raise ConfigError(f"--by {by}: the evaluation has no such measure; it has {', '.join(sorted(measures))}")
     if force and not reason:
@@ -201,12 +233,12 @@ def promote(
 
 def _basis_of(recipe: Recipe, step: Step, by: str) -> dict[str, str | None]:
     """The keys of what a measure depends on beside the cascade: the CLIP that takes it, and the rows that it is of."""
-    is_of_clip = not by.startswith(_OF_PIXELS)
-    is_of_rows = by.startswith(_OF_ROWS) or (recipe.pairs.source != "drawn" and not recipe.evaluate.prompts_path)
+    measure = MEASURES[_field_of(by)]
+    is_of_rows = measure.is_of_rows or (recipe.pairs.source != "drawn" and not recipe.evaluate.prompts_path)
     names = set[str]()
     if is_of_rows:
         names |= _ROWS
-    if is_of_clip:
+    if measure.is_of_clip:
         names |= {"clip", "embed"} if is_of_rows else {"clip"}
     return {name: step.inputs.get(name) for name in names}
 
@@ -244,13 +276,18 @@ def _compare(
             f"{numbers} do not compare: {', '.join(reasons)} was another; measure both alike, or promote it anyway "
             "with --force and a --reason"
         )
-    is_lower = by.startswith(_LOWER_IS_BETTER)
+    is_lower = MEASURES[_field_of(by)].is_lower_better
     is_better = now < before.measures[by] if is_lower else now > before.measures[by]
     is_better = is_better or not math.isfinite(before.measures[by])
     if not is_better and not force:
         rule = "lower" if is_lower else "higher"
         raise ConfigError(f"{numbers}: no better ({rule} is better); promote it anyway with --force and a --reason")
     return numbers
+
+
+def _field_of(name: str) -> str:
+    """The field of ``metrics.json`` of a measure's dotted name."""
+    return name.partition(".")[0]
 
 
 def _setting(name: str) -> str:

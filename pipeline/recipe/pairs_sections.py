@@ -51,8 +51,8 @@ class PairsConfig(StepSection):
     pictures and texts, as webdataset and img2dataset write them, which are taken in as they are."""
     path: str = ""
     """The list (txt, csv, tsv, json, jsonl, ndjson, each also .gz or .zst, or parquet), a folder of its parts, or a
-    pattern such as data/*.parquet; here or under s3://, gs://, https://. Or the folder of shards, there too, or of
-    pictures: on a disk that every worker has, or under s3://, gs://, az://."""
+    pattern such as data/*.parquet; here or under s3://, gs://, az://, https://. Or the folder of shards, there too, or
+    of pictures: on a disk that every worker has, or under s3://, gs://, az://."""
     url_column: str = ""
     """Column that holds the URL (list); empty: found by its name."""
     caption_column: str = ""

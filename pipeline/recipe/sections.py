@@ -229,7 +229,7 @@ class FilterConfig(StepSection):
     """Most faces: boxes in face_bboxes (DataComp), or num_faces (COYO); -1: no rule."""
     min_similarity: Annotated[float, Field(ge=-1, le=1)] = -1.0
     """Least similarity of picture and caption by the list: similarity (LAION), clip_l14_similarity_score (DataComp),
-    clip_similarity_vitl14 (COYO); -1: no rule."""
+    clip_similarity_vitl14 (COYO), clip_b32_similarity_score (DataComp); -1: no rule."""
     min_aesthetic: NonNegativeFloat = 0.0
     """Least aesthetic score by the list: aesthetic, AESTHETIC_SCORE or aesthetic_score_laion_v2; 0: no rule."""
     duplicates: Literal["keep", "exact", "near"] = "keep"

@@ -136,7 +136,7 @@ class ServeConfig:
     """Whether the access log holds prompts."""
     traces: str = ""
     """URL of a collector of OpenTelemetry that takes OTLP over HTTP, for example "http://127.0.0.1:4318"; every request
-    is then a trace. It needs `pip install 'unclip[traces]'`. Empty: none."""
+    is then a trace. It needs `make setup EXTRA=cpu,traces`, or `gpu,traces`. Empty: none."""
     safety_hook: str = ""
     """MODULE:FUNCTION that may refuse a prompt or blank a picture (docs/serving.md)."""
     provenance: str = ""

@@ -16,6 +16,9 @@ _DASHBOARD_PORT = 8265
 _LONGEST_START_S = 120.0
 """A person may have to type a passphrase."""
 _LOOK_EVERY_S = 0.05
+_NO_KEY = "(publickey"
+"""What sshd takes, behind `Permission denied`: none of the keys that ssh has tried."""
+_KEYS_OF_RAY_UP = "of a cluster of `ray up`, first `ssh-add ~/.ssh/ray-autoscaler_*.pem`"
 
 
 @contextlib.contextmanager
@@ -57,7 +60,10 @@ def _open_tunnel(address: str, parts: SplitResult) -> Generator[str]:
             errors.seek(0)
             lines = errors.read().split("\n")
             reason = next((line for line in reversed(lines) if line.strip()), f"exit code {process.returncode}")
-            raise StepError(f"--address {address}: ssh ended: {reason.strip()}; try `{' '.join(command)}`") from None
+            mend = f"try `{' '.join(command)}`"
+            if _NO_KEY in reason:
+                mend = f"{_KEYS_OF_RAY_UP}, or {mend}"
+            raise StepError(f"--address {address}: ssh ended: {reason.strip()}; {mend}") from None
         finally:
             process.terminate()
             process.wait()

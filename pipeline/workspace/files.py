@@ -1,7 +1,7 @@
 """A user's files, here or in an object store: what is at a path or URI, and reading it.
 
-A path is a local path, or a URI that fsspec understands: ``s3://``, ``gs://``, ``https://``. It may be a pattern with
-``*`` and ``**``.
+A path is a local path, or a URI that fsspec understands: ``s3://``, ``gs://``, ``az://``, ``https://``. It may be a
+pattern with ``*`` and ``**``.
 """
 
 import contextlib

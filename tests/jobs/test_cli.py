@@ -43,6 +43,16 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
     assert f"Example: unclip {command}" in " ".join(done.stdout.split())
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_an_option_says_one_default(command: str) -> None:
+    root: Any = get_command(cli.app)
+    parsed = root.commands[command]
+    context = parsed.make_context(command, [], resilient_parsing=True)
+    records = [record[1] for option in parsed.params if (record := option.get_help_record(context))]
+    assert records
+    assert [text for text in records if text.count("default:") > 1] == []
+
+
 def test_help_says_each_command_in_one_whole_line_of_its_group() -> None:
     text = _run("--help").stdout.partition("this message and exit.")[2]
     said = {
@@ -141,6 +151,14 @@ def test_run_with_no_cluster_at_the_address_is_one_message(tmp_path: Path) -> No
     assert done.returncode == 4, done.stderr
     assert "no Ray cluster at" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_submit_asks_no_store_of_the_workspace() -> None:
+    """The machine of whoever submits needs neither its driver nor its credentials, as docs/operations.md says."""
+    place = ["--set", "workspace=az://nowhere/w", "--address", f"http://127.0.0.1:{free_port()}"]
+    done = unclip_here("submit", "configs/demo.toml", *place)
+    assert done.returncode == 4
+    assert "no Ray cluster answers" in done.stderr
 
 
 def test_submit_hands_on_its_options_and_keeps_json_apart_from_the_log(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from typer.testing import CliRunner
 from jobs.cli import app
 from pipeline.errors import ConfigError
 from pipeline.recipe import champion
-from pipeline.recipe.champion import read_promotions
+from pipeline.recipe.champion import MEASURES, read_promotions
 from pipeline.recipe.garbage import find_garbage
 from pipeline.recipe.plan import artifact_of, make_plan, manifest_of
 from pipeline.recipe.recipe import Recipe, load_recipe
 from pipeline.workspace.lock import locked_workspace
 from pipeline.workspace.store import MANIFEST, Workspace
+from tests.tiny.command import ROOT
 from tests.tiny.recipe import tiny_tables
 
 
@@ -108,6 +110,18 @@ def test_measures_of_two_releases_that_measure_differently_do_not_compare(path: 
     _measure(load_recipe(str(path)), clip_score__generated=0.9)
     assert "do not compare: the version of the evaluation was another" in str(_promote(path).exception)
     assert _promote(path, "--force", "--reason", "a new release").exit_code == 0
+
+
+def test_every_field_of_an_evaluation_is_a_measure_or_says_what_was_measured(path: Path) -> None:
+    """The page's fields are those of a finished run, which tests/e2e compares."""
+    text = (ROOT / "docs/formats.md").read_text(encoding="utf-8").partition("\n`metrics.json`: ")[2]
+    table = text.split("\n\n")[1]
+    fields = {name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    about = {"num_prompts", "num_prompts_in_file", "prompts", "rows"}
+    assert fields == MEASURES.keys() | about
+    _measure(load_recipe(str(path)), clip_score__generated=0.3, num_prompts=8)
+    refusal = str(_promote(path, "--by", "num_prompts").exception)
+    assert refusal == "--by num_prompts: the evaluation has no such measure; it has clip_score.generated"
 
 
 _DRAWN, _LIST = (), ("pairs.source=list", "pairs.path={rows}")

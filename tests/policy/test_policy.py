@@ -12,6 +12,7 @@ import pytest
 from jobs.cli import COMMANDS
 from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import load_recipe
+from pipeline.recipe.steps import STEPS
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "configs").rglob("*.toml"))
@@ -97,7 +98,12 @@ def test_commands_of_the_pages_exist() -> None:
 
 def test_the_commands_for_a_cluster_name_what_comes_first_and_a_workspace_that_machines_share() -> None:
     block = (ROOT / "README.md").read_text().partition("### On a cluster")[2].split("```")[1].splitlines()
-    assert [line.split()[:2] for line in block if line.startswith(("ray get", "deploy/", "ray up"))] == [
+    # Ray's providers import boto3, which no extra of ours brings.
+    [launcher] = [line.partition("#")[0].split() for line in block if line.startswith(".venv/bin/python")]
+    assert launcher[2:] == ["pip", "install", "-c", "constraints.txt", "boto3"]
+    assert re.search("^boto3==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert [line.split()[:2] for line in block if line.startswith((".venv", "ray get", "deploy/", "ray up"))] == [
+        [".venv/bin/python", "-m"],
         ["ray", "get-auth-token"],
         ["deploy/aws-roles.sh", "BUCKET"],
         ["ray", "up"],
@@ -111,6 +117,16 @@ def test_no_exit_code_is_answered_with_the_advice_to_remove_something() -> None:
     assert rows == ["2", "3", "4", "5", "130"]
     text = (ROOT / "docs/operations.md").read_text().partition("| exit code |")[2].partition("\n\n")[0]
     assert not re.search("remove|delete", text)
+
+
+def test_the_page_of_operations_names_the_role_of_every_step() -> None:
+    text = (ROOT / "docs/operations.md").read_text().partition("asks for the role of its step:")[2].partition(".")[0]
+    said = {role: re.findall(r"\w+", names) for names, role in re.findall(r"([^;]+) for\s+`(\w+)`", text)}
+    trainings = said.pop("train")
+    assert trainings == ["trainings"]
+    roles = {role: [row.name for row in STEPS if row.role == role] for role in said}
+    assert {role: [name for name in names if name != "and"] for role, names in said.items()} == roles
+    assert {row.role for row in STEPS} == {*roles, "train"}
 
 
 def test_links_of_the_pages_lead_to_files() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.recipe.plan import make_plan
+from pipeline.recipe.sections import FILTER_COLUMNS
 from pipeline.report import filter as section
 from pipeline.report.report import finished_steps, write_report
 from pipeline.runtime.filter import run_filter
@@ -48,6 +49,16 @@ def test_the_report_counts_every_row_and_shows_examples(tmp_path: Path, monkeypa
     assert "What was left out" in page
     assert "Nearly the same picture" in page
     assert again["pictures"][1]["src"] in page
+
+
+def test_the_page_of_filters_and_the_fields_name_every_column_of_known_lists() -> None:
+    pages = [(ROOT / "docs" / name).read_text() for name in ("filter.md", "config.md")]
+    rows, fields = (page.partition("## `[filter]`")[2].partition("\n## ")[0].splitlines() for page in pages)
+    for name, columns in FILTER_COLUMNS.items():
+        [row] = [row for row in rows if row.startswith("|") and f"`{name}`" in row]
+        assert [column for column in columns if f"`{column}`" not in row] == [], name
+        [field] = [field for field in fields if field.startswith(f"| `{name}` ")]
+        assert [column for column in columns if not re.search(rf"\b{column}\b", field)] == [], name
 
 
 def test_the_page_of_filters_and_the_report_name_the_same_reasons() -> None:

@@ -21,6 +21,8 @@ words = sys.argv[1:]
 pathlib.Path(__file__).with_name("words").write_text("\\n".join(words))
 if words[-1] == "nobody@head":
     sys.exit("Warning: a line before\\nnobody@head: Permission denied (publickey).\\n")
+if words[-1] == "silent@head":
+    sys.exit(3)
 _, here, host, there = words[words.index("-L") + 1].split(":")
 listener = socket.create_server(("127.0.0.1", int(here)))
 
@@ -83,8 +85,18 @@ def test_another_address_needs_no_tunnel() -> None:
 
 @pytest.mark.usefixtures("words")
 def test_what_ssh_says_is_the_error() -> None:
-    with pytest.raises(StepError, match=r"ssh ended: nobody@head: Permission denied .*; try `ssh -N"):
+    with pytest.raises(StepError, match=r"ssh ended: nobody@head: Permission denied .*try `ssh -N"):
         reachable("ssh://nobody@head").__enter__()
+
+
+@pytest.mark.usefixtures("words")
+def test_the_keys_of_ray_up_are_named_where_a_key_is_missing() -> None:
+    with pytest.raises(
+        StepError, match=r"\(publickey\)\.; of a cluster of `ray up`, first `ssh-add ~/\.ssh/ray-autoscaler"
+    ):
+        reachable("ssh://nobody@head").__enter__()
+    with pytest.raises(StepError, match=r"ssh ended: exit code 3; try `ssh -N"):
+        reachable("ssh://silent@head").__enter__()
 
 
 @pytest.mark.usefixtures("words")

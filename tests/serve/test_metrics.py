@@ -21,6 +21,7 @@ from pipeline.serve.gate import Gate
 from pipeline.serve.guards import Guards
 from pipeline.serve.metrics import EngineMetrics, HttpMetrics
 from pipeline.serve.protocols import Overloaded, TooLittleTime
+from pipeline.serve.upkeep import Upkeep
 from tests.serve.test_engine import wait_until
 
 ROOT = Path(__file__).parents[2]
@@ -174,5 +175,11 @@ def test_the_dashboard_shows_only_what_is_measured_and_all_of_it() -> None:
     board = json.loads((ROOT / "deploy/grafana-dashboard.json").read_text())
     expressions = " ".join(target["expr"] for panel in board["panels"] for target in panel["targets"])
     shown = {re.sub(r"_(bucket|sum|count|total)$", "", name) for name in re.findall(r"unclip_\w+", expressions)}
-    measured = {metric.name for one in (EngineMetrics(), HttpMetrics()) for metric in one.registry.collect()}
-    assert shown == measured | {"unclip_spans"}  # which tests/serve/test_traces.py reads
+    sources = "".join(path.read_text() for path in (ROOT / "pipeline").rglob("*.py"))
+    measured = set(re.findall(r"\b(?:Counter|Gauge|Histogram|Summary)\(\s*\"(unclip_\w+)", sources))
+    registries = [one.registry for one in (EngineMetrics(), HttpMetrics())]
+    Upkeep(registries[-1])
+    assert {metric.name for registry in registries for metric in registry.collect()} | {"unclip_spans"} == measured
+    assert shown == measured
+    page = (ROOT / "docs/serving.md").read_text()
+    assert {re.sub(r"_total$", "", name) for name in re.findall(r"`(unclip_\w+)", page)} == measured
