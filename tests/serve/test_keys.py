@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -14,7 +15,7 @@ from pipeline.serve.gate import Gate
 from pipeline.serve.guards import Guards
 from pipeline.serve.keys import Key, KeyRing, Meter, add_key, read_keys, revoke_key
 from tests.serve.guarded import ask, client_of, guarded
-from tests.tiny.command import unclip_here
+from tests.tiny.command import ROOT, unclip_here
 
 
 def test_keys_open_what_their_scopes_name_until_they_are_revoked(keys: Path) -> None:
@@ -34,6 +35,26 @@ def test_keys_open_what_their_scopes_name_until_they_are_revoked(keys: Path) -> 
     assert client_of(app, search).get("/indices-list").status_code == 200
     revoke_key(keys, "alice")
     assert ask(app, both).status_code == 401
+
+
+def test_the_page_says_what_is_open_and_what_a_search_opens(keys: Path) -> None:
+    about = (ROOT / "docs/serving.md").read_text().partition("**Keys.**")[2].partition("\n\n")[0]
+    of_search = _paths(about.partition("`search` (")[2].partition(")")[0])
+    are_open = _paths(about.partition("The page, ")[2].partition("open.")[0]) | {"/"}
+    table = (ROOT / "docs/http.md").read_text().partition("| route |")[2].partition("\n\n")[0]
+    routes = re.findall(r"`(GET|POST) (/[^`]*)`", table)
+    key = add_key(keys, "bob", ["search"])
+    app = guarded(keys=keys)
+    without_key, with_key = (
+        {path: client_of(app, one).request(way, path) for way, path in routes} for one in ("", key)
+    )
+    assert {path for path, answer in without_key.items() if answer.status_code != 401} == are_open
+    opened = {path for path, answer in with_key.items() if answer.status_code != 403}
+    assert opened == are_open | of_search | {path for path in with_key if path.startswith("/v1/models")}
+
+
+def _paths(text: str) -> set[str]:
+    return set(re.findall(r"`(/[^`]*)`", text))
 
 
 def key_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
