@@ -9,8 +9,10 @@ hard negatives, CLIP and prior; then it samples the 240 held-out prompts and che
 demo itself. A row takes about half an hour of two cores, as `unclip run configs/ablations/NAME.toml` does, and half of
 them with half of the samples. No Ray runs. A recipe without a row was not measured.
 
-Rows without `steps` are of the demo as it was: without a first decoder, with heads that read both ways and 2,200 steps
-of the decoder, of which they took half. Only these are to be compared with each other.
+Rows of earlier calls stay. Compare only rows in which `share`, `seconds`, `prompts`, `device` and `demo_key` are equal:
+the last one changes with the demo's settings and with the versions of its steps, `recipe_key` with those of the row's
+own recipe. Rows without a `demo_key` are of the demo as it was: without a first decoder, with heads that read both ways
+and 2,200 steps of the decoder, of which they took half.
 
 All recipes but without-first, which has the demo's time of before, see the same number of samples, or the same share
 of them, and not the same time of a processor: one attention is a tenth faster than the demo, and batches of 32 are
@@ -25,6 +27,7 @@ A rate of 120 pictures of one seed has an interval of up to nine points on each 
 """
 
 import argparse
+import json
 import multiprocessing
 import os
 import statistics
@@ -38,7 +41,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.side_by_side import publish
+from benchmarks.side_by_side import RESULTS, publish
 from pipeline.data.embed import Embedder
 from pipeline.data.selection import selection_of
 from pipeline.data.shard_tables import split_counts
@@ -65,6 +68,8 @@ SHOWN = {
     "two objects": ("both colours", "both shapes", "binding", "binding, given both shapes", "relation", "everything"),
 }
 """Attributes of the table, by number of objects."""
+_SETTINGS = ("share", "seconds", "prompts", "device", "demo_key", "recipe_key")
+"""Fields of a run that say how it was made: a row is of runs that agree in all of them."""
 _BATCH = 48
 _FIRST_STEPS, _TIMED_STEPS = 3, 20
 """The first steps reserve memory."""
@@ -183,12 +188,14 @@ def _check(recipe: Recipe, inputs: Mapping[str, Artifact], setting: Setting) -> 
 
 
 def table_of(runs: Sequence[Json]) -> list[Json]:
-    """A row for each recipe, in the order of their first runs: rates over its seeds."""
+    """A row for each recipe and its settings, in the order of their first runs: rates over its seeds."""
+    groups: dict[tuple[Any, ...], list[Json]] = {}
+    for run in runs:
+        groups.setdefault(tuple(run[name] for name in ("recipe", *_SETTINGS)), []).append(run)
     rows: list[Json] = []
-    for name in dict.fromkeys(run["recipe"] for run in runs):
-        own = [run for run in runs if run["recipe"] == name]
+    for own in groups.values():
         row: Json = {
-            "recipe": name,
+            "recipe": own[0]["recipe"],
             "seeds": len(own),
             "steps": round(statistics.mean(run["steps"] for run in own)),
             "train_s": round(statistics.mean(run["train_s"] for run in own)),
@@ -198,13 +205,40 @@ def table_of(runs: Sequence[Json]) -> list[Json]:
                 checks = [run["pixel_check"].get(group, {}).get(attribute) for run in own]
                 rates = [100 * check["generated"]["rate"] for check in checks if check is not None]
                 row[f"{group}: {attribute}"] = _spread(rates) if rates else None
-        rows.append(row)
+        rows.append(row | {name: own[0][name] for name in _SETTINGS})
     return rows
+
+
+def merged(earlier: Json | None, runs: Sequence[Json]) -> tuple[list[Json], list[Json]]:
+    """The table and the runs of the results of before with new runs.
+
+    Args:
+        earlier: The document of before; None if there is none.
+        runs: The new ones, each in the place of one of the same recipe, seed and settings.
+
+    Returns:
+        The rows, and the runs that they are of. Rows of before whose runs are not known come last.
+    """
+    document: Json = earlier or {"settings": {}, "rows": []}
+    known: list[Json] = document["settings"].get("runs", [])
+    by_name = {tuple(run[name] for name in ("recipe", "seed", *_SETTINGS)): run for run in [*known, *runs]}
+    together = sorted(by_name.values(), key=lambda run: (run["recipe"] != "demo", run["recipe"], run["seed"]))
+    rows = table_of(together)
+    for row in document["rows"]:
+        if not row.get("demo_key"):
+            settings = {name: document["settings"].get(name) for name in _SETTINGS}
+            rows.append(dict.fromkeys(rows[0] if rows else row) | settings | row)
+    return rows, together
 
 
 def _spread(rates: Sequence[float]) -> str:
     mean = f"{statistics.mean(rates):.1f}"
     return f"{mean} +- {(max(rates) - min(rates)) / 2:.1f}" if len(rates) > 1 else mean
+
+
+def _key(path: Path) -> str:
+    """What a recipe's results depend on: its settings, and the versions of its steps."""
+    return make_plan(load_recipe(path), until="evaluate")[-1].key[:6]
 
 
 def main() -> None:
@@ -223,17 +257,26 @@ def main() -> None:
     paths = [DEMO if name == "demo" else ABLATIONS / f"{name}.toml" for name in names]
     num_threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
     setting = Setting(args.device, num_threads, args.num_prompts, args.share, args.seconds)
-    device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-    length = {"seconds": args.seconds} if args.seconds else {"share": args.share}
+    path = RESULTS / "ablations.json"
+    earlier: Json | None = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    same = {
+        "share": None if args.seconds else args.share,
+        "seconds": args.seconds or None,
+        "prompts": args.num_prompts,
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+        "demo_key": _key(DEMO),
+    }
+    keys = {path.stem: _key(path) for path in paths}
     runs: list[Json] = []
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         tasks = [pool.submit(train_and_check, path, seed, setting) for seed in range(args.seeds) for path in paths]
         for number, task in enumerate(as_completed(tasks)):
             run = task.result()
+            run |= same | {"recipe_key": keys[run["recipe"]]}
             runs.append(run)
             print(f"{number + 1}/{len(tasks)}: {run['recipe']}, seed {run['seed']}: {run['train_s']:.0f} s", flush=True)
-            runs.sort(key=lambda run: (names.index(run["recipe"]), run["seed"]))
-            publish("ablations", table_of(runs), {"device": device, **length, "runs": runs})
+            rows, together = merged(earlier, runs)
+            publish("ablations", rows, {"runs": together})
 
 
 if __name__ == "__main__":

@@ -143,7 +143,7 @@ def _setting(value: Any) -> str:
     if value is False or isinstance(value, dict):
         return ""
     if isinstance(value, list):
-        return "" if any(isinstance(one, float) for one in value) else ", ".join(map(str, value))
+        return "" if any(isinstance(one, float | dict) for one in value) else ", ".join(map(str, value))
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 

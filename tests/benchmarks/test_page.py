@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.ablations import steps_within, table_of
+from benchmarks.ablations import merged, steps_within, table_of
 from benchmarks.forecast import compare
 from benchmarks.page import FOLDER, MODULES, main, measured_with, rows_of
 
@@ -34,10 +34,17 @@ def test_a_measurement_names_its_day_and_the_settings_that_its_command_took() ->
     assert measured_with(document) == "Measured on 1970-01-02 with torch 2.11.0, 1 thread(s) (share 0.5; steps 5, 10)"
 
 
+_SETTINGS = {"share": 1.0, "seconds": None, "prompts": 240, "device": "cpu", "demo_key": "d0", "recipe_key": "r0"}
+
+
+def _ablation(recipe: str, seed: int = 0, rate: float = 0.5, **settings: Any) -> dict[str, Any]:
+    checks = {"one object": {"colour": {"generated": {"rate": rate}}}}
+    run = {"recipe": recipe, "seed": seed, "steps": 1000 + seed, "train_s": 100.0 + 20 * seed, "pixel_check": checks}
+    return run | _SETTINGS | settings
+
+
 def test_a_row_of_the_ablation_has_the_time_of_its_trainings() -> None:
-    checks = {"one object": {"colour": {"generated": {"rate": 0.5}}}}
-    run = {"recipe": "demo", "pixel_check": checks}
-    runs = [run | {"seed": seed, "steps": 1000 + seed, "train_s": 100.0 + 20 * seed} for seed in (0, 2)]
+    runs = [_ablation("demo", seed) for seed in (0, 2)]
     (row,) = table_of(runs)
     assert (row["steps"], row["train_s"], row["one object: colour"], row["two objects: binding"]) == (
         1001,
@@ -46,6 +53,43 @@ def test_a_row_of_the_ablation_has_the_time_of_its_trainings() -> None:
         None,
     )
     assert table_of(runs[:1])[0]["one object: colour"] == "50.0"  # one seed says nothing of the spread
+
+
+def test_a_new_run_of_an_ablation_takes_the_place_of_its_own_row_alone() -> None:
+    earlier = {"settings": {"runs": [_ablation("plain"), _ablation("adapter"), _ablation("demo")]}, "rows": []}
+    rows, runs = merged(earlier, [_ablation("plain", rate=0.7), _ablation("plain", 1, rate=0.9)])
+    assert [(row["recipe"], row["seeds"], row["one object: colour"]) for row in rows] == [
+        ("demo", 1, "50.0"),
+        ("adapter", 1, "50.0"),
+        ("plain", 2, "80.0 +- 10.0"),
+    ]
+    assert len(runs) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [("share", 0.5), ("device", "NVIDIA H200"), ("demo_key", "d1"), ("recipe_key", "r1")]
+)
+def test_rows_of_an_ablation_that_were_measured_otherwise_stand_apart_and_say_how(name: str, other: Any) -> None:
+    rows, _ = merged(
+        {"settings": {"runs": [_ablation("plain", rate=0.7)]}, "rows": []}, [_ablation("plain", **{name: other})]
+    )
+    assert [(row["one object: colour"], row[name]) for row in rows] == [("70.0", _SETTINGS[name]), ("50.0", other)]
+
+
+def test_rows_of_an_ablation_from_before_runs_were_kept_stay_with_their_settings() -> None:
+    old = {"settings": {"share": 0.5, "device": "cpu", "seeds": 1}, "rows": [{"recipe": "demo", "seeds": 1}]}
+    rows, runs = merged(old, [_ablation("demo")])
+    assert [(row["recipe"], row["share"], row["demo_key"], row["steps"]) for row in rows] == [
+        ("demo", 1.0, "d0", 1000),
+        ("demo", 0.5, None, None),
+    ]
+    again, _ = merged({"settings": {"runs": runs}, "rows": rows}, [_ablation("adapter")])
+    assert [(row["recipe"], row["share"]) for row in again] == [("demo", 1.0), ("adapter", 1.0), ("demo", 0.5)]
+
+
+def test_the_runs_of_an_ablation_are_no_setting_in_words() -> None:
+    document = {"versions": {}, "machine": {"threads": 1}, "settings": {"runs": [_ablation("demo")]}}
+    assert "recipe" not in measured_with(document)
 
 
 def test_what_was_not_measured_is_named_on_the_page(
