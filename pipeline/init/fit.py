@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +15,9 @@ from pipeline.recipe.schedule import this_machine
 from pipeline.timing.units import Units, step_times
 from pipeline.workspace.progress import duration
 
+FREE_SHARE = 0.25
+"""Share of the minutes that stays free: a run may take longer than its forecast, which was up to 24 % below it
+(docs/lab.md) and does not count the start of Ray (10 to 18 s)."""
 Watch = Callable[[str], None]
 """Called with what is measured next."""
 MakeRecipe = Callable[[Size, int], Recipe]
@@ -30,7 +34,7 @@ class Fit:
     """Of each step; empty if nothing was measured."""
     crowding: float = 1.0
     seconds: float = 0.0
-    """Time of the run; 0 if nothing was measured."""
+    """Forecast of the run's time; 0 if nothing was measured."""
 
 
 def fit(
@@ -38,17 +42,19 @@ def fit(
 ) -> Fit:
     """Choose the largest size that has enough steps in the time, and as many steps as the time allows.
 
+    The forecast of the run takes no more than the minutes without ``FREE_SHARE`` of them.
+
     Args:
         make: Makes a recipe.
         sizes: From the largest to the smallest.
         most_steps: More steps are of no use.
-        minutes: Time of the whole run.
+        minutes: Longest time of the whole run.
         measure: Measures a recipe; called once for each size that is tried.
 
     Raises:
-        ConfigError: If even the least recipe takes longer; names its time.
+        ConfigError: If even the least recipe takes longer; names its time, and the minutes that it needs.
     """
-    limit_s = 60 * minutes
+    limit_s = 60 * minutes * (1 - FREE_SHARE)
     least: Fit | None = None
     for size in sizes:
         units = measure(make(size, size.least_steps))
@@ -64,7 +70,8 @@ def fit(
     assert least is not None
     raise ConfigError(
         f"--minutes {minutes:g}: too few; the least recipe that makes sense for these pairs ({least.size.text}, "
-        f"{least.steps} steps) takes about {duration(least.seconds)} on this machine"
+        f"{least.steps} steps) takes about {duration(least.seconds)} on this machine, and {FREE_SHARE:.0%} of the time "
+        f"stays free, because a run may take longer: --minutes {math.ceil(least.seconds / (1 - FREE_SHARE) / 60)}"
     )
 
 

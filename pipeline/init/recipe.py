@@ -46,7 +46,8 @@ def write_recipe(
         caption_column: Column of the captions; empty: searched by name.
         force: Replace ``out`` if it is there.
         gpu: Whether this machine trains on a GPU; None: look for one.
-        minutes: Time that the whole run may take on this machine, which is measured; None: it depends on the pairs.
+        minutes: Longest time of the whole run on this machine, which is measured (see ``fit``); None: it depends on the
+            pairs.
         watch: Called with what is measured next.
 
     Returns:
@@ -109,5 +110,5 @@ def _tables(name: str, pairs: PairsConfig, num_pairs: int, size: Size, steps: in
     columns = {"url_column": pairs.url_column, "caption_column": pairs.caption_column} if pairs.source == "list" else {}
     section = {"source": pairs.source, "path": pairs.path} | columns | {"validation_prob": validation_prob}
     on_gpu = size in GPU_SIZES
-    sized = gpu_tables(num_pairs, steps) if on_gpu else cpu_tables(num_pairs, validation_prob, size, steps)
+    sized = gpu_tables(num_pairs, steps) if on_gpu else cpu_tables(num_pairs, validation_prob, size, steps, num_cpus())
     return {"name": name, "workspace": f"workspace/{name}", "pairs": section} | sized

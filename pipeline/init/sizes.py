@@ -31,6 +31,9 @@ CPU_SIZES = (Size((32, 64, 128), 500), Size((16, 64, 128), 500), Size((16, 64), 
 GPU_SIZES = (Size((64, 256), 1_000),)
 _MIN_CPU_STEPS, MOST_CPU_STEPS = 200, 4_000
 _MIN_GPU_STEPS, MOST_GPU_STEPS = 5_000, 200_000
+_DECODER_BATCH, _LEAST_SHARE = 64, 16
+"""Samples of a decoder's batch, and the fewest of one worker: with 16 for 32 a step still takes .73 of the time, and
+smaller shares were not measured (docs/lab.md)."""
 
 
 def default_steps(num_pairs: int, *, gpu: bool) -> int:
@@ -39,14 +42,18 @@ def default_steps(num_pairs: int, *, gpu: bool) -> int:
     return max(least, min(most, num_pairs // per_step))
 
 
-def cpu_tables(num_pairs: int, validation_prob: float, size: Size, steps: int) -> Tables:
+def cpu_tables(num_pairs: int, validation_prob: float, size: Size, steps: int, num_cpus: int) -> Tables:
     """A small cascade with the settings of the demo (docs/decisions.md).
+
+    The decoder takes most of the arithmetic, so its batches are divided among the cores, as far as that pays. The other
+    trainings have one core each, and run side by side.
 
     Args:
         num_pairs: Pairs of the source.
         validation_prob: Share of them that is not trained on.
         size: Sides of the pictures.
         steps: Steps of CLIP and the upsamplers; decoder and prior take twice as many.
+        num_cpus: Logical CPUs of the machine.
     """
     base_px, mid_px, *others = size.sides_px
     final_px = size.sides_px[-1]
@@ -82,11 +89,18 @@ def cpu_tables(num_pairs: int, validation_prob: float, size: Size, steps: int) -
                 # On these networks it made the decoder read from the tokens which colour belongs to what (docs/lab.md).
                 "pooled_drop_prob": 0.1,
                 "text_adapter": {"depth": 2, "token_width": 16, "one_way_heads": True},
-                "unet": _unet(64, base_px // 4, patch_px=2) | {"head_channels": 32, "position_bands": 3},
+                "unet": _unet(64, patch_px=2)
+                | {
+                    "channel_mults": [1, 1],
+                    "attention_resolutions": [base_px // 2, base_px // 4],
+                    "head_channels": 32,
+                    "position_bands": 3,
+                },
                 "diffusion": {"prediction": "v", "variance": "fixed_small", "loss_weighting": "min_snr"},
                 "sampler": {"method": "ddpm", "num_steps": 50, "guidance_scale": 2.0},
             },
-            "train": _cpu_training(2 * steps, 64, optimizer="muon", learning_rate=4e-3, ema_decay=0.995),
+            "train": _cpu_training(2 * steps, _DECODER_BATCH, optimizer="muon", learning_rate=4e-3, ema_decay=0.995),
+            "resources": {"num_workers": max(1, min(num_cpus, _DECODER_BATCH // _LEAST_SHARE))},
         },
         "upsampler_1": _cpu_upsampler(base_px, mid_px, steps, patch_px=2, sampling_steps=8),
     }
@@ -163,12 +177,12 @@ def _cpu_training(num_steps: int, batch_size: int, *, learning_rate: float = 2e-
     return {"num_steps": num_steps, "batch_size": batch_size, "learning_rate": learning_rate} | fixed | other
 
 
-def _unet(channels: int, attention_px: int | None, *, patch_px: int) -> Tables:
+def _unet(channels: int, *, patch_px: int) -> Tables:
     return {
         "channels": channels,
         "channel_mults": [1, 2],
         "num_res_blocks": 1,
-        "attention_resolutions": [] if attention_px is None else [attention_px],
+        "attention_resolutions": [],
         "norm_groups": 8,
         "dropout": 0.0,
         "patch_px": patch_px,
@@ -183,7 +197,7 @@ def _cpu_upsampler(low_res_px: int, image_px: int, num_steps: int, *, patch_px: 
             "crop_px": image_px // 2,
             "degradation": "blur",
             "residual": True,
-            "unet": _unet(32, None, patch_px=patch_px),
+            "unet": _unet(32, patch_px=patch_px),
             "diffusion": {"prediction": "x0", "loss_weighting": "min_snr"},
             "sampler": {"method": "dpmpp_2m", "respacing": "", "num_steps": sampling_steps},
         },
