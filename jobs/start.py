@@ -57,8 +57,8 @@ def init(
         float | None,
         typer.Option(
             "--minutes",
-            help="Longest time of the whole run on this machine, in minutes: the measured forecast takes three quarters of "
-            "it, since a run may take longer. Default: set by the number of pairs.",
+            help="Longest time of the whole run on this machine, in minutes, a quarter of which stays free, since "
+            "forecasts err; default: set by the number of pairs.",
             min=0,
         ),
     ] = None,

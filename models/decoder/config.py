@@ -32,7 +32,9 @@ class TextAdapterConfig:
     """Transformer blocks on the frozen CLIP's token states, trained with the decoder that reads them.
 
     CLIP's text tower is causal, so the first object of "a star to the left of a circle" does not know where it stands.
-    In these blocks each token reads the whole caption (MiniT2I, 2026, has two such blocks on a frozen text encoder).
+    In these blocks each token reads the whole caption, as in MiniT2I, which has two such blocks on a frozen T5 ("A
+    Minimalist Baseline for Text-to-Image Generation", 2026, github.com/PeppaKing8/minit2i-jax). What they change in the
+    demo is in docs/lab.md.
     Width and heads are those of the context: ``context_width``, in heads of ``head_width``.
     """
 
@@ -49,7 +51,8 @@ class TextAdapterConfig:
     one_way_heads: bool = False
     """Whether half of the heads read only what stands before a token, and the others what stands after it (directional
     self-attention, DiSAN, arXiv:1709.04696). What a word says of the words on its left and of those on its right is
-    then told apart from the first step on. Positions begin as large as the token embeddings."""
+    then told apart from the first step on. Positions begin with a standard deviation of 0.2 in place of
+    0.01, nearer to the token embeddings, which are added with about 0.12."""
 
     def __post_init__(self) -> None:
         require(self.depth >= 0, f"depth = {self.depth}: must not be negative")
@@ -86,7 +89,8 @@ class DecoderConfig:
     pooled_drop_prob: float = 0.0
     """Probability of dropping z_image and the pooled caption together while the token states stay, per sample. Both
     vectors name the colours and shapes of a picture but hardly their order; without them the decoder has to read the
-    order from the tokens. It needs more steps; 0 is the paper's decoder. What was measured is in docs/lab.md."""
+    order from the tokens. It needs more steps; 0 is the paper's decoder. From no paper: what was measured is in
+    docs/lab.md."""
     inpainting: bool = False
     """Whether four extra input channels hold the known part of the picture (arXiv:2112.10741, section 4.3); in training
     it is a random part. Without these channels inpainting restores the known pixels after each step."""

@@ -84,8 +84,9 @@ class Recipe:
     """A second prior to compare: the evaluation measures both, and the cascade samples with ``prior``."""
     first_decoder: NetworkStepConfig[DecoderConfig] | None = None
     """The decoder on smaller pictures, whose weights ``decoder`` begins with: there it learns sooner what stands where,
-    at a fraction of the cost (progressive resolution, arXiv:2405.16759). What its tables leave out is as in
-    ``decoder``, at half the side, without phases."""
+    and a sample takes about half of the time (docs/lab.md; cf. arXiv:2405.16759, which freezes what it has trained
+    without down-sampling and adds layers, where here all weights are trained on). What its tables leave out is as in
+    ``decoder``, num_steps and batch_size too, at half the side, without phases and init_from."""
     decoder: NetworkStepConfig[DecoderConfig] = NetworkStepConfig(model=DecoderConfig())
     """z_image and caption to a small picture."""
     noisy_clip: NoisyClipStepConfig | None = None
