@@ -64,7 +64,7 @@ def plan(
 ) -> Next:
     """Show which steps would run, and why; or what its networks cost, or how long the run takes.
 
-    Example: unclip plan configs/demo.toml --set decoder.train.num_steps=4000
+    Example: unclip plan configs/demo.toml --set prior.train.num_steps=600
     """
     resolved, words = load_recipe(recipe, overrides or []), recipe_words(recipe, overrides)
     shown = [name for name, is_set in (("--cost", cost), ("--graph", graph), ("--time", time)) if is_set]

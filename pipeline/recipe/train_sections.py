@@ -97,7 +97,8 @@ class TrainConfig:
         first, last = 0, self.num_steps
         for number, phase in enumerate(self.phases):
             if not first < phase.from_step <= last:
-                raise ValueError(f"phases[{number}].from_step is {phase.from_step}: after {first} and at most {last}")
+                place = f"phases[{number}].from_step is {phase.from_step}: after {first} and at most {last}"
+                raise ValueError(f"{place}; lower it, or set phases=[]" if phase.from_step > last else place)
             first, last = phase.from_step, phase.num_steps or last
             if first + phase.warmup_steps >= last:
                 raise ValueError(f"phases[{number}] ends its warm-up at {first + phase.warmup_steps} of {last} steps")

@@ -176,14 +176,14 @@ def next_commands(recipe: Recipe, recipe_file: str, prompt: str, done: set[str])
             ("show what is done, what remains and why", f"unclip plan {file}"),
             ("continue; finished work is kept", f"unclip run {file}"),
         ]
-    steps = 2 * recipe.decoder.train.total_steps
+    steps = 2 * recipe.prior.train.total_steps  # a decoder's phases begin at steps that would have to change, too
     return [
         ("sample your own prompt", f"unclip sample {file} {words} -n 4 --seed 1 --out out"),
         ("find the training pictures nearest to a text", f"unclip search {file} {words} -k 10"),
         ("serve OpenAI's image API, neighbours and a page", f"unclip serve {file}"),
         (
             "show which steps a changed field would run again",
-            f"unclip plan {file} --set decoder.train.num_steps={steps}",
+            f"unclip plan {file} --set prior.train.num_steps={steps}",
         ),
     ]
 

@@ -337,3 +337,13 @@ def test_phases_of_a_training_are_tables_of_a_recipe() -> None:
         load_recipe(None, ["decoder.train.phases=[{from_step=500, rate=1e-5}]"])
     with pytest.raises(ConfigError, match=r"phases\[0\]\.from_step is 5000: after 0 and at most 1000"):
         load_recipe(None, ["decoder.train.phases=[{from_step=5000, num_steps=9000}]"])
+
+
+def test_fewer_steps_than_a_phase_begins_at_say_what_to_set() -> None:
+    demo = "configs/demo.toml"
+    first = load_recipe(demo).decoder.train.phases[0].from_step
+    said = rf"decoder\.train: phases\[0\]\.from_step is {first}: after 0 and at most 1000; lower it, or set phases=\[\]"
+    with pytest.raises(ConfigError, match=said):
+        load_recipe(demo, ["decoder.train.num_steps=1000"])
+    recipe = load_recipe(demo, ["decoder.train.num_steps=1000", "decoder.train.phases=[]"])
+    assert recipe.decoder.train.total_steps == 1000
