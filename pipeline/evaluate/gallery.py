@@ -79,7 +79,10 @@ class Gallery:
         return entries
 
     def _failures(self) -> Rows:
-        """Pictures in which the pixel check misses something or, without it, of which CLIP prefers the negative."""
+        """Pictures in which the pixel check misses something or, without it, of which CLIP prefers the negative.
+
+        CLIP does that with many real pictures, too: the report puts their rate beside.
+        """
         groups: dict[str, Json] = {}
         for row in self._firsts:
             scene, flags = self._prompts[row["prompt_number"]].scene, parse_flags(row["check"])

@@ -27,6 +27,7 @@ from pipeline.report.tables import (
     novelty_groups,
     prompts_about,
     quality_groups,
+    real_misjudged,
     rows_of,
     tiles_of,
 )
@@ -150,9 +151,9 @@ def build_view(done: Done, step_names: list[str], recipe: Recipe, recipe_file: s
         "quality": quality_groups(metrics),
         "quality_about": _quality_about(metrics),
         "novelties_about": _NOVELTIES_ABOUT,
-        "failures_about": _failures_about(metrics),
+        "failures_about": failures_about(metrics),
         "novelties": novelty_groups(metrics),
-        "failures": failure_groups((pictures or {}).get("failures", [])),
+        "failures": failure_groups((pictures or {}).get("failures", []), metrics),
         "measures": measure_rows(metrics),
         "training": training,
         "filter": filter_of(done),
@@ -317,13 +318,21 @@ def _quality_about(metrics: Json) -> str:
     )
 
 
-def _failures_about(metrics: Json) -> str:
+def failures_about(metrics: Json) -> str:
+    """What the pictures of the failures are, and how far that is their fault."""
     if "pixel_check" in metrics:
         return (
             "Samples in which the pixel check misses something, in the order of their prompts: what is wrong, and what "
             "the check finds (\u201c?\u201d where no name fits)."
         )
-    return "Samples that CLIP finds nearer to the same words in another order than to their caption."
+    about = "Samples that CLIP finds nearer to the same words in another order than to their caption."
+    misjudged, total = real_misjudged(metrics)
+    if not total:
+        return about
+    return (
+        f"{about} It does so with {100 * misjudged / total:.0f} % of the real pictures too, so a picture is not wrong "
+        "for that alone."
+    )
 
 
 def _neighbours_about(metrics: Json) -> str:

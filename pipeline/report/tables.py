@@ -24,7 +24,7 @@ NAMES = {
     "everything": "Everything",
 }
 """Attributes of the pixel check as people read them, in the order of the tables."""
-_COMPARED = ("colour", "shape", "size", "both colours", "both shapes", "binding", "relation", "everything")
+_COMPARED = ("colour", "shape", "size", "both colours", "both shapes", "binding", "relation", "sizes", "everything")
 """Attributes in the table of held-out and trained combinations."""
 _LEAST_RANGE = 0.01
 """No bar is shown if floor and ceiling are nearer than this."""
@@ -85,11 +85,11 @@ def novelty_groups(metrics: Json) -> list[Json]:
     return groups
 
 
-def failure_groups(groups: list[Json]) -> list[Json]:
+def failure_groups(groups: list[Json], metrics: Json) -> list[Json]:
     """Failed pictures with a heading for each group, and what is wrong with each picture in the words of the tables."""
     return [
         {
-            "title": f"{group['title'].capitalize()}: {group['failed']} of {group['total']}",
+            "title": f"{group['title'].capitalize()}: {group['failed']} of {group['total']}{_of_real(group, metrics)}",
             "note": f"the first {len(group['pictures'])}" if len(group["pictures"]) < group["failed"] else "",
             "pictures": [
                 picture | {"wrong": _fault_text(picture), "shows": picture.get("shows", "")}
@@ -99,6 +99,19 @@ def failure_groups(groups: list[Json]) -> list[Json]:
         for group in groups
         if group["failed"]
     ]
+
+
+def real_misjudged(metrics: Json) -> tuple[int, int]:
+    """Real pictures of which CLIP prefers the negative, of how many; 0 of 0 if none was asked."""
+    rate: Json = metrics.get("preference", {}).get("real") or {"hits": 0, "total": 0}
+    return rate["total"] - rate["hits"], rate["total"]
+
+
+def _of_real(group: Json, metrics: Json) -> str:
+    """In how many real pictures CLIP does the same, where it is CLIP that judges."""
+    misjudged, total = real_misjudged(metrics)
+    is_judged = any("preferred" in picture for picture in group["pictures"])
+    return f"; of real pictures {misjudged} of {total}" if is_judged and total else ""
 
 
 def _fault_text(picture: Json) -> str:

@@ -12,13 +12,14 @@ from PIL import Image
 
 from pipeline.errors import DataError
 from pipeline.evaluate.ablate import ablation_step
+from pipeline.evaluate.metrics import Rate, difference_of
 from pipeline.pictures.png import to_png
 from pipeline.recipe.pairs_sections import PairsConfig, PairsList
 from pipeline.recipe.plan import artifact_of, make_plan, manifest_of
-from pipeline.recipe.recipe import Recipe, parse_recipe
-from pipeline.report.report import format_metrics, next_commands, short_count, write_report
+from pipeline.recipe.recipe import Recipe, load_recipe, parse_recipe
+from pipeline.report.report import failures_about, format_metrics, next_commands, short_count, write_report
 from pipeline.report.sections import Finished, covered_s, download_of, pairs_of, recipe_changes
-from pipeline.report.tables import measure_rows, quality_groups, tiles_of
+from pipeline.report.tables import failure_groups, measure_rows, novelty_groups, quality_groups, tiles_of
 from pipeline.shapes.captions import canonical_caption
 from pipeline.shapes.scene import evaluation_scenes
 from pipeline.workspace.store import Artifact, Workspace
@@ -338,6 +339,38 @@ def test_every_measure_is_on_the_page_and_in_the_terminal(recipe: Recipe, tmp_pa
         assert name in page
         assert all(value in page for value in values)
     assert "validation 0.0457" in page
+
+
+def test_failures_by_the_judgement_of_clip_stand_beside_those_of_real_pictures() -> None:
+    pictures = [{"prompt": "a b", "seed": 1, "preferred": "b a"}]
+    groups = [{"title": "captions with a hard negative", "total": 98, "failed": 1, "pictures": pictures}]
+    real = {"real": Rate(65, 100).to_dict() | {"without_negative": 3}}
+    (group,) = failure_groups(groups, {"preference": real})
+    assert group["title"] == "Captions with a hard negative: 1 of 98; of real pictures 35 of 100"
+    assert failures_about({"preference": real}).endswith(
+        "It does so with 35 % of the real pictures too, so a picture is not wrong for that alone."
+    )
+    assert failure_groups(groups, {})[0]["title"].endswith(": 1 of 98")
+    checked = [{"title": "one object", "total": 5, "failed": 1, "pictures": [{"wrong": ["colour"]}]}]
+    assert failure_groups(checked, {"preference": real})[0]["title"] == "One object: 1 of 5"
+
+
+def test_new_combinations_of_two_objects_are_compared_in_both_sizes() -> None:
+    rate = Rate(3, 4)
+    checks = {
+        name: {"held_out": rate.to_dict(), "trained": rate.to_dict(), "difference": difference_of(rate, rate)}
+        for name in ("everything", "sizes", "background", "binding")
+    }
+    (group,) = novelty_groups({"held_out": {"two objects": {"new pair": checks}}})
+    assert [row["name"] for row in group["rows"]] == ["Colour on its shape", "Both sizes", "Everything"]
+
+
+def test_the_changed_field_that_a_report_proposes_is_one_without_a_schedule() -> None:
+    demo = load_recipe("configs/demo.toml")
+    *_, (_, command) = next_commands(demo, "configs/demo.toml", "a", {"evaluate"})
+    changed = load_recipe("configs/demo.toml", [shlex.split(command)[-1]])
+    assert changed.prior.train.total_steps == 2 * demo.prior.train.total_steps
+    assert changed.decoder == demo.decoder
 
 
 def test_failures_of_the_download_are_those_of_its_manifest_and_none_is_left_out(tmp_path: Path) -> None:
