@@ -251,7 +251,7 @@ _SHRINK = [
     *("clip.train.batch_size=8", "prior.train.batch_size=8", "decoder.train.batch_size=8"),
     *("upsampler_1.train.batch_size=4", "upsampler_2.train.batch_size=4", "evaluate.num_shown=2"),
     *("decoder.model.sampler.num_steps=2", "evaluate.num_images_per_shown=1", "tracking.uri=off"),
-    *(f"{name}.resources.num_workers=1" for name in ("download", "embed", "evaluate")),
+    *(f"{name}.resources.num_workers=1" for name in ("download", "embed", "decoder", "evaluate")),
     *(f"{name}.train.warmup_steps=0" for name in ("clip", "prior", "decoder", "upsampler_1", "upsampler_2")),
     *("upsampler_1.model.sampler.num_steps=2", "upsampler_2.model.sampler.num_steps=2"),
 ]
