@@ -56,7 +56,10 @@ def test_a_row_of_the_ablation_has_the_time_of_its_trainings() -> None:
 
 
 def test_a_new_run_of_an_ablation_takes_the_place_of_its_own_row_alone() -> None:
-    earlier = {"settings": {"runs": [_ablation("plain"), _ablation("adapter"), _ablation("demo")]}, "rows": []}
+    earlier: dict[str, Any] = {
+        "settings": {"runs": [_ablation("plain"), _ablation("adapter"), _ablation("demo")]},
+        "rows": [],
+    }
     rows, runs = merged(earlier, [_ablation("plain", rate=0.7), _ablation("plain", 1, rate=0.9)])
     assert [(row["recipe"], row["seeds"], row["one object: colour"]) for row in rows] == [
         ("demo", 1, "50.0"),
@@ -77,7 +80,10 @@ def test_rows_of_an_ablation_that_were_measured_otherwise_stand_apart_and_say_ho
 
 
 def test_rows_of_an_ablation_from_before_runs_were_kept_stay_with_their_settings() -> None:
-    old = {"settings": {"share": 0.5, "device": "cpu", "seeds": 1}, "rows": [{"recipe": "demo", "seeds": 1}]}
+    old: dict[str, Any] = {
+        "settings": {"share": 0.5, "device": "cpu", "seeds": 1},
+        "rows": [{"recipe": "demo", "seeds": 1}],
+    }
     rows, runs = merged(old, [_ablation("demo")])
     assert [(row["recipe"], row["share"], row["demo_key"], row["steps"]) for row in rows] == [
         ("demo", 1.0, "d0", 1000),
