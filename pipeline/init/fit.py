@@ -1,4 +1,4 @@
-"""The largest recipe that takes no more than a given time on this machine."""
+"""The largest recipe whose forecast fits into a given time on this machine, with room for what forecasts miss."""
 
 from __future__ import annotations
 
