@@ -116,6 +116,8 @@ def _print_search(search: "Search", recipe: str, root: str, *, is_forgotten: boo
             f"to have no network that was trained on them: {'; and '.join(runs)}; "
             f"{steps} took {duration(search.node_s)} of machines"
         )
+    for step, key in search.continued:
+        typer.echo(f"before that, move {root}/{step}/{key} away: the {step} that is made anew would continue it")
     for name in search.unknown:
         typer.echo(f"not in the workspace: {name}{'; it will not be taken' if is_forgotten else ''}", err=True)
     if not search.uids:
@@ -148,6 +150,7 @@ def _as_json(search: "Search | None", done: Pending | None, *, is_forgotten: boo
         "unknown": list(search.unknown),
         "networks": networks,
         "to_make_anew": _artifacts(search.dirty),
+        "to_move_away": _artifacts(search.continued),
         "to_remove": _artifacts(search.pending.removals),
         "node_s": round(search.node_s, 3),
     }

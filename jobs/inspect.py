@@ -40,6 +40,7 @@ from pipeline.recipe.plan import (
 from pipeline.recipe.recipe import Recipe, json_schema, load_recipe, to_dict
 from pipeline.workspace.forgotten import Forgotten, Pending
 from pipeline.workspace.lock import holder_of
+from pipeline.workspace.manifest import Manifest
 from pipeline.workspace.progress import ProgressState, clock_time, duration, last_error, read_progress
 from pipeline.workspace.store import Workspace
 
@@ -148,11 +149,25 @@ def _forgotten_notes(workspace: Workspace, statuses: list[StepStatus], words: st
     for name, count in trained.items():
         again = dependents([item.step for item in statuses], name)
         node_s = sum(item.manifest.node_s for item in statuses if item.manifest and item.step.name in again)
+        [manifest] = [item.manifest for item in statuses if item.manifest and item.step.name == name]
         notes.append(
-            f"{name}: was trained on {count} pairs that are forgotten; `unclip run {words} --from {name} --force` "
-            f"makes it and what is made from it anew, which took {duration(node_s)} of machines"
+            f"{name}: was trained on {count} pairs that are forgotten; {_before_that(workspace, forgotten, manifest)}"
+            f"`unclip run {words} --from {name} --force` makes it and what is made from it anew, which took "
+            f"{duration(node_s)} of machines"
         )
     return notes
+
+
+def _before_that(workspace: Workspace, forgotten: Forgotten, manifest: Manifest) -> str:
+    """What has to be done first: made anew, a network would continue the same training, which has read the pairs."""
+    continued = manifest.metrics.get("continued")
+    earlier = workspace.artifact(manifest.step, continued["key"]) if continued else None
+    if earlier is None or not earlier.names():
+        return ""
+    finished = earlier.manifest()
+    if finished is not None and not forgotten.trained_on(finished):
+        return ""
+    return f"move {earlier.uri} away, which it would continue, then "
 
 
 def status(

@@ -84,6 +84,9 @@ class Search:
     """Those of ``dirty`` that are made from none of it: who makes these and all that follows anew makes all anew."""
     node_s: float
     """What the making of ``dirty`` took: wall seconds times workers."""
+    continued: tuple[tuple[str, str], ...] = ()
+    """Step and key of the trainings on these pairs that others of ``dirty`` have continued, and would continue again
+    when they are made anew."""
 
 
 def search(workspace: Workspace, names: Iterable[str]) -> Search:
@@ -133,6 +136,7 @@ def search(workspace: Workspace, names: Iterable[str]) -> Search:
         dirty,
         tuple(one for one in dirty if manifests[one[0]][one[1]].inputs.items().isdisjoint(dirty)),
         sum(manifests[step][key].node_s for step, key in dirty),
+        tuple(_continued((manifests[step][key] for step, key in dirty), networks)),
     )
 
 
@@ -277,6 +281,12 @@ def _unfinished_networks(
                 if (source, content) in trained:
                     networks.append(TrainedOn(row.name, key, trained[source, content], source, content))
     return networks
+
+
+def _continued(dirty: Iterable[Manifest], networks: Iterable[TrainedOn]) -> list[tuple[str, str]]:
+    """The networks that some of ``dirty`` have continued."""
+    origins = {(one.step, one.metrics["continued"]["key"]) for one in dirty if "continued" in one.metrics}
+    return [(one.step, one.key) for one in networks if (one.step, one.key) in origins]
 
 
 def _source_of(inputs: Mapping[str, str]) -> str:

@@ -17,6 +17,7 @@ from pipeline.data.order import Share
 from pipeline.errors import ResumeError
 from pipeline.networks.diffusion_loss import draws_of
 from pipeline.networks.files import num_parameters
+from pipeline.recipe.steps import STEP_ROWS
 from pipeline.train.accumulation import Place
 from pipeline.train.assemble import Parts, TrainJob, assemble
 from pipeline.train.diagnosis import describe, find_culprits, find_culprits_together, of_all_workers
@@ -28,8 +29,9 @@ from pipeline.train.speed import Speed, describe_speed
 from pipeline.train.state import TrainState, create_state
 from pipeline.train.stop import StoppedError, StopVote, WantsStop, never
 from pipeline.train.validation import Validation
+from pipeline.workspace.manifest import has_content
 from pipeline.workspace.progress import METRICS
-from pipeline.workspace.store import LIVE, MANIFEST, Artifact
+from pipeline.workspace.store import INPUTS, LIVE, MANIFEST, Artifact
 
 Json = dict[str, Any]
 _ORIGIN = f"{LIVE}origin.json"
@@ -133,7 +135,7 @@ def _note_of_start(step: int, log: MetricsLog, damages: list[Damage]) -> str:
         return f"; continued from step {step}: {'; '.join(damage.text for damage in damages)}"
     if step == 0 and log.reached:
         return f"; begun at step 0: there is no checkpoint, though the curves reach step {log.reached}"
-    return ""
+    return f"; begun at step 0: {log.not_continued}" if step == 0 and log.not_continued else ""
 
 
 def _stopped(job: TrainJob, state: TrainState, log: MetricsLog, reason: str) -> StoppedError:
@@ -175,16 +177,27 @@ def _explain(objective: nn.Module, job: TrainJob, number: int, batch: Batch) -> 
 def continue_training(state: TrainState, job: TrainJob, warn: Callable[[Damage], None]) -> MetricsLog:
     """Load the newest checkpoint of this training, or of the one that its last phases continue; returns its metrics.
 
+    A training of other inputs, which were made anew under their keys since, is not continued: what is made from such
+    inputs begins anew everywhere.
+
     Raises:
+        DataError: If the manifest of an earlier training, or of an input, cannot be read.
         ResumeError: If a checkpoint does not fit, none is whole, or the earlier training has none that is early enough.
     """
     if load_newest_checkpoint(state, job.output, job.digest, warn):
         return MetricsLog(job.output, state.step)
-    finished = None
+    finished, not_continued = None, list[str]()
     for earlier in job.earlier:
+        source = _source_of(earlier.artifact)
+        if changed := _made_anew(source["input_contents"], job.inputs):
+            not_continued.append(
+                f"{earlier.artifact.uri} is not continued: it was trained on another {' and '.join(changed)}, made "
+                "anew since"
+            )
+            continue
         if load_newest_checkpoint(state, earlier.artifact, earlier.key, warn, last_step=earlier.last_step):
             if job.rank == 0:
-                job.output.write_json(_ORIGIN, {"key": earlier.key, "step": state.step})
+                job.output.write_json(_ORIGIN, {"key": earlier.key, "step": state.step, **source})
             return MetricsLog(job.output, state.step, before=earlier.artifact)
         if earlier.artifact.exists(MANIFEST):
             finished = finished or earlier
@@ -198,12 +211,38 @@ def continue_training(state: TrainState, job: TrainJob, warn: Callable[[Damage],
             f"{finished.artifact.uri}: the training that phases from step {finished.last_step} on would continue is "
             f"finished and kept no state of its optimizer (resources.keep_state); {instead}"
         )
-    return MetricsLog(job.output, 0)
+    if job.rank == 0:
+        job.output.remove(_ORIGIN)  # of a start that was killed before its first checkpoint
+    log = MetricsLog(job.output, 0)
+    log.not_continued = "; ".join(not_continued)
+    return log
+
+
+def _source_of(artifact: Artifact) -> Json:
+    """What the weights of a training come from, finished or not: the content of its inputs, and what it continued."""
+    manifest = artifact.manifest()
+    if manifest is None:
+        contents, continued = artifact.find_json(INPUTS) or {}, artifact.find_json(_ORIGIN)
+    else:
+        contents, continued = manifest.input_contents, manifest.metrics.get("continued")
+    source: Json = {"input_contents": contents}
+    return source | ({"continued": continued} if continued else {})
+
+
+def _made_anew(contents: dict[str, str], inputs: dict[str, Artifact]) -> list[str]:
+    """Names of the inputs that have other content now; one from which rows were forgotten counts as the same."""
+    manifests = {name: inputs[name].manifest() for name in sorted(contents.keys() & inputs.keys())}
+    return [name for name, manifest in manifests.items() if manifest and not has_content(manifest, contents[name])]
 
 
 def origin_of(job: TrainJob) -> Json:
-    """The training that this one continued, for the manifest."""
-    return {"continued": job.output.read_json(_ORIGIN)} if job.output.exists(_ORIGIN) else {}
+    """The training that this one continued, and the network whose weights it began with, for the manifest."""
+    origin: Json = {"continued": job.output.read_json(_ORIGIN)} if job.output.exists(_ORIGIN) else {}
+    name = STEP_ROWS[job.name].begins_with
+    if name in job.inputs:
+        key = job.inputs[name].uri.rpartition("/")[2]
+        origin["begun_with"] = {"name": name, "key": key, **_source_of(job.inputs[name])}
+    return origin
 
 
 class MetricsLog:
@@ -226,6 +265,8 @@ class MetricsLog:
         self._begun: float = first.pop("begun", first.get("time", _now()))  # also where no row is old enough to stay
         self.rows = [row for row in rows if row["step"] <= step] if step else []
         self._passed = [row for row in rows if row["step"] > step] if step and before is artifact else []
+        self.not_continued = ""
+        """Why no earlier training is continued that is there."""
         self.note = ""
         """What to say of validations that did not take place."""
         self._validated = {row["step"] for row in self.rows if "val_loss" in row}

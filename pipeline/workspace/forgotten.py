@@ -12,7 +12,7 @@ import functools
 import hashlib
 import secrets
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,14 +95,22 @@ class Forgotten:
         return [by_uid or by_url for by_uid, by_url in zip(self.has(uids), self.has(urls), strict=True)]
 
     def trained_on(self, manifest: Manifest) -> int:
-        """Forgotten pairs that a finished network was trained on; 0 if it was made anew from the rest."""
-        return sum(
-            network.pairs
-            for entry in self.entries
-            for network in entry.networks
-            if (network.step, network.key) == (manifest.step, manifest.key)
-            and network.content == manifest.input_contents.get(network.source, "")
-        )
+        """Forgotten pairs that a finished network was trained on; 0 if it was made anew from the rest.
+
+        Its weights may come from other trainings: one that it continued with more phases, or a network that it began
+        with. Pairs that these were trained on count as its own.
+        """
+        trainings = list(_trainings(manifest.step, manifest.key, manifest.input_contents, manifest.metrics))
+
+        def has_read(network: TrainedOn) -> bool:
+            return any(
+                (network.step, network.key) == (step, key)
+                and (contents is None or network.content == contents.get(network.source, ""))
+                for step, key, contents in trainings
+            )
+
+        # The trainings of one network read the same pairs.
+        return sum(max((one.pairs for one in entry.networks if has_read(one)), default=0) for entry in self.entries)
 
     @property
     def digest(self) -> str:
@@ -115,6 +123,23 @@ class Forgotten:
 
     def _hash(self, name: str) -> str:
         return hashlib.blake2b(name.encode(), key=self.salt.encode(), digest_size=_DIGEST_BYTES).hexdigest()
+
+
+def _trainings(
+    step: str, key: str, contents: dict[str, str] | None, sources: Json
+) -> Iterator[tuple[str, str, dict[str, str] | None]]:
+    """The trainings that weights have been through: step, key, and the content of the inputs; None: not known.
+
+    Args:
+        step: Of the network.
+        key: Of the network.
+        contents: Of its own inputs.
+        sources: Where its first weights come from, as in its metrics.
+    """
+    yield step, key, contents
+    for source in (sources.get("continued"), sources.get("begun_with")):
+        if source:
+            yield from _trainings(source.get("name", step), source["key"], source.get("input_contents"), source)
 
 
 @dataclass(frozen=True)

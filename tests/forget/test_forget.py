@@ -5,6 +5,7 @@ import json
 import shlex
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +33,7 @@ from pipeline.retrieve import NeighbourIndex
 from pipeline.retrieve.batch import NEIGHBOUR
 from pipeline.retrieve.takedown import Takedown
 from pipeline.workspace.forgotten import FORGOTTEN, PENDING, Forgotten, Pending
-from pipeline.workspace.store import INPUTS, Artifact, Workspace
+from pipeline.workspace.store import INPUTS, MANIFEST, Artifact, Workspace
 from tests.data.hostile import HostileServer
 from tests.forget.made import (
     BY_UID,
@@ -44,6 +45,8 @@ from tests.forget.made import (
 )
 from tests.tiny.command import unclip_here, unclip_json
 from tests.tiny.shards import download_shard
+
+Json = dict[str, Any]
 
 
 def _uids(table: ShardTable) -> list[str]:
@@ -84,6 +87,55 @@ def test_forgotten_pairs_are_in_no_file_and_everything_else_is(made: Made) -> No
     assert not made.artifact("evaluate").names()
     assert made.workspace.artifact("", "").uri.rstrip("/") == made.workspace.root
     assert not (Path(made.workspace.root) / PENDING).exists()
+
+
+def test_pairs_count_of_the_trainings_that_weights_come_from(made: Made) -> None:
+    """A network that was lengthened, or begun with another one, has read what these have read."""
+    trained = forget_names(made, BY_URL).networks
+    forgotten = Forgotten.read(made.workspace.root)
+    [one] = [network for network in trained if network.step == "prior"]
+    today = {one.source: "what is left"}
+    prior = made.artifact("prior").manifest()
+    assert prior is not None
+    anew = dataclasses.replace(prior, input_contents=today)
+    assert (forgotten.trained_on(prior), forgotten.trained_on(anew)) == (1, 0)
+
+    def continued(key: str, contents: Json | None, **origin: Json) -> Json:
+        return {
+            "continued": {"key": key, "step": 3} | ({} if contents is None else {"input_contents": contents}) | origin
+        }
+
+    old = {one.source: one.content}
+    for sources, count in (
+        (continued(one.key, old), 1),
+        (continued(one.key, today), 0),
+        (continued(one.key, None), 1),  # of a release that did not write it
+        (continued("other", today, **continued(one.key, old)), 1),
+        ({"begun_with": {"name": "prior", "key": one.key, "input_contents": old}}, 1),
+        ({"begun_with": {"name": "clip", "key": one.key, "input_contents": old}}, 0),
+    ):
+        assert forgotten.trained_on(dataclasses.replace(anew, key="another", metrics=sources)) == count
+    both = dataclasses.replace(prior, metrics=continued(one.key, old))
+    assert forgotten.trained_on(both) == 1  # the same pairs
+
+
+def test_what_a_network_would_continue_again_is_to_be_moved_away(made: Made, tmp_path: Path) -> None:
+    prior = made.artifact("prior")
+    manifest = prior.manifest()
+    assert manifest is not None
+    earlier = made.workspace.artifact("prior", "earlier")
+    earlier.commit(dataclasses.replace(manifest, key="earlier"))
+    origin = {"key": "earlier", "step": 3, "input_contents": manifest.input_contents}
+    prior.write_json(MANIFEST, dataclasses.replace(manifest, metrics={"continued": origin}).to_dict())
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(tomli_w.dumps(without_none(to_dict(made.recipe))))
+    done = unclip_here("forget", BY_URL, "--recipe", str(recipe), "--delete")
+    assert f"before that, move {earlier.uri} away: the prior that is made anew would continue it\n" in done.stdout
+    assert f"pairs that are forgotten; move {earlier.uri} away, which it would continue, then `unclip run" in (
+        unclip_here("plan", str(recipe)).stdout
+    )
+    earlier.destroy()
+    assert "move" not in unclip_here("plan", str(recipe)).stdout
 
 
 def _answers(workspace: Workspace, key: str, row: dict[str, str]) -> Artifact:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from pipeline.train.assemble import EarlierTraining, TrainJob
 from pipeline.train.diagnosis import Culprits, describe, find_culprits
 from pipeline.train.job import run_job
 from pipeline.train.resume import checkpoint_name, checkpoint_steps
+from pipeline.workspace.manifest import Manifest, content_of
 from pipeline.workspace.progress import METRICS
-from pipeline.workspace.store import MANIFEST, Artifact, Workspace
+from pipeline.workspace.store import INPUTS, MANIFEST, Artifact, Workspace
 from tests.tiny.training import no_watch, tiny_inputs, training_recipe
 
 STEP = "upsampler_1"
@@ -80,7 +82,7 @@ def test_a_phase_continues_the_training_that_ran_before_it(tmp_path: Path, input
 
     metrics = run_job(after, note)
     assert steps[0] == 2  # the newest checkpoint that is not later than the phase
-    assert metrics["continued"] == {"key": before.digest, "step": 2}
+    assert metrics["continued"] == {"key": before.digest, "step": 2, "input_contents": {}}
     assert _rates(after) == [1e-3] * 3 + [5e-4] * 3
     assert checkpoint_steps(before.output) == [2, 4]  # what ran before is kept
     assert before.output.path(METRICS).read_bytes() == curve
@@ -99,9 +101,12 @@ def test_a_finished_training_is_lengthened_from_the_state_that_it_kept(
     run_job(before, no_watch)
     for step in checkpoint_steps(before.output):
         before.output.remove(checkpoint_name(step))  # as a commit does
-    before.output.write_json(MANIFEST, {})
+    former = {"key": "former", "step": 3, "input_contents": {"clip": "0"}}
+    manifest = dataclasses.replace(_manifest(), metrics={"continued": former}, input_contents={"clip": "1"})
+    before.output.write_json(MANIFEST, manifest.to_dict())
     longer = _job(_recipe(tmp_path, phase), inputs)
-    assert run_job(longer, no_watch)["continued"] == {"key": before.digest, "step": 6}
+    origin = {"key": before.digest, "step": 6, "input_contents": {"clip": "1"}, "continued": former}
+    assert run_job(longer, no_watch)["continued"] == origin
     whole = _job(_recipe(tmp_path / "whole", phase), inputs)
     assert run_job(whole, no_watch)["num_steps"] == 8
     ours, theirs = _weights(longer), _weights(whole)
@@ -115,6 +120,41 @@ def test_a_finished_training_is_lengthened_from_the_state_that_it_kept(
     with pytest.raises(ConfigError, match="keep_best = 'val_beauty'"):
         run_job(asked, no_watch)
     assert not checkpoint_steps(asked.output)  # it is refused before the first save
+
+
+def _manifest(content: str = "") -> Manifest:
+    files = {"weights": {"sha256": content}}
+    return Manifest(step="", key="", step_version=1, section={}, inputs={}, files=files)
+
+
+def test_a_training_of_inputs_that_were_made_anew_since_is_not_continued(
+    tmp_path: Path, inputs: dict[str, Artifact]
+) -> None:
+    recipe = _recipe(tmp_path)
+    before, messages = _job(recipe, inputs), list[str]()
+    run_job(before, no_watch)
+    clip = Artifact(str(tmp_path / "clip"))
+    shutil.copytree(inputs["clip"].uri, clip.uri)
+    old, new = _manifest("old"), _manifest("new")
+    before.output.write_json(INPUTS, {"clip": content_of(old)})
+    after = _job(_recipe(tmp_path, TrainPhase(from_step=3, learning_rate=5e-4)), inputs | {"clip": clip})
+    after.output.write_json("live/origin.json", {"key": before.digest, "step": 2})  # a start that was killed early
+    clip.write_json(MANIFEST, new.to_dict())
+    before.output.write_json(MANIFEST, dataclasses.replace(old, input_contents={"clip": content_of(old)}).to_dict())
+    for is_finished in (True, False):
+        if not is_finished:
+            before.output.remove(MANIFEST)
+        after.output.remove_all([name for name in after.output.names() if name != "live/origin.json"])
+        messages.clear()
+        metrics = run_job(after, lambda done, _total, message: messages.append(f"{done} {message}"))
+        assert messages[0].startswith(f"0 training; begun at step 0: {before.output.uri} is not continued")
+        assert "was trained on another clip" in messages[0]
+        assert "continued" not in metrics
+
+    rows_left = dataclasses.replace(new, former_contents=(content_of(old),))  # since rows were forgotten
+    clip.write_json(MANIFEST, rows_left.to_dict())
+    after.output.clear()
+    assert run_job(after, no_watch)["continued"]["input_contents"] == {"clip": content_of(old)}
 
 
 def test_a_phase_before_the_first_checkpoint_is_refused_by_its_step(
