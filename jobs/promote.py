@@ -26,7 +26,7 @@ def promote_(
     """Make the measured cascade of a recipe its champion, if it is better than the present one.
 
     The choice is kept in the workspace, whose `gc` then leaves the champion's artifacts; the tracker's alias `champion`
-    follows.
+    follows, also when the present champion is promoted again.
 
     Example: unclip promote configs/demo.toml --by cmmd.generated --reason "stars are stars now"
     """
@@ -35,8 +35,7 @@ def promote_(
     resolved, words = load_recipe(recipe, overrides or []), recipe_words(recipe, overrides)
     step, manifest = evaluated(resolved, words)
     promotion, is_new = promote(resolved, step, manifest, print_warning, by=by, reason=reason, force=force)
-    if is_new:
-        send_champion(resolved, step, promotion.reason, print_warning)
+    send_champion(resolved, step, promotion.reason, print_warning)  # again: the tracker may not have the alias
     if json:
         print_json(dataclasses.asdict(promotion) | {"changed": is_new})
         return ()

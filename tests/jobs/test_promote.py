@@ -81,6 +81,24 @@ def test_the_better_cascade_becomes_champion_and_the_worse_one_only_by_force(pat
     assert len(read_promotions(workspace, "tiny").promotions) == 4
 
 
+def test_the_champion_is_promoted_again_for_a_tracker_that_does_not_have_it(path: Path, tmp_path: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    key = _measure(load_recipe(str(path)), clip_score__generated=0.3)
+    assert _promote(path).exit_code == 0  # tracking is off
+    for name in ("first.db", "replaced.db"):
+        uri = f"sqlite:///{tmp_path / name}"
+        done = _promote(path, "--set", f"tracking.uri={uri}")
+        assert "it was the champion already" in done.stdout
+        client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        for _ in range(2):
+            version = client.get_model_version_by_alias("tiny", "champion")
+            assert version.tags["unclip.key"] == key
+            assert version.description == "clip_score.generated 0.3, the first champion"
+            assert _promote(path, "--set", f"tracking.uri={uri}").exit_code == 0
+        assert len(client.search_model_versions("name = 'tiny'")) == 1
+
+
 def test_the_lineage_that_is_proposed_is_found_in_the_workspace_that_was_used(path: Path, tmp_path: Path) -> None:
     change = f"workspace={tmp_path / 'another one'}"
     key = _measure(load_recipe(str(path), [change]), clip_score__generated=0.3)

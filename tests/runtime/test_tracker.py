@@ -4,8 +4,10 @@ import contextlib
 import json
 import resource
 import shutil
+import threading
 import time
 from collections.abc import Generator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,15 @@ from typer.testing import CliRunner
 
 from jobs.cli import app
 from pipeline.errors import ConfigError, StepError
+from pipeline.recipe.champion import Promotion
 from pipeline.recipe.plan import Step, artifact_of, make_plan, manifest_of
 from pipeline.recipe.recipe import Recipe, load_recipe, parse_recipe
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.tracking import delivery, run, tracker
+from pipeline.runtime.tracking.delivery import Delivery
 from pipeline.runtime.tracking.outbox import RECORDS, SENT, Outbox
 from pipeline.runtime.tracking.place import Place
-from pipeline.runtime.tracking.records import new_points
+from pipeline.runtime.tracking.records import new_points, version_record
 from pipeline.runtime.tracking.run import Tracking, send_champion, send_waiting
 from pipeline.train.results import grid_name
 from pipeline.workspace.manifest import Manifest, content_of
@@ -282,9 +286,8 @@ def test_an_evaluation_is_a_version_of_the_registered_model(database: str, tmp_p
         with Tracking(recipe, Workspace(str(tmp_path)), pytest.fail) as tracking:
             tracking.started(context)
             tracking.finished(context, StepResult())
-    send_champion(
-        recipe, Step("evaluate", 1, {"train": {"num_steps": 1}}, {"prior": "a"}), "it is sharper", pytest.fail
-    )
+    _choose(recipe, _evaluation("a"))
+    send_champion(recipe, _evaluation("a"), "it is sharper", pytest.fail)
     client = _client(database)
     version = client.get_model_version_by_alias("registry", "candidate")
     assert version.tags["unclip.prior"] == "b"
@@ -293,9 +296,37 @@ def test_an_evaluation_is_a_version_of_the_registered_model(database: str, tmp_p
     assert (champion.version, champion.description) == (1, "it is sharper")
 
 
+def _choose(recipe: Recipe, step: Step) -> None:
+    """The step's evaluation is the recipe's champion."""
+    choice = Promotion(step.key, {}, {}, {}, "", "", 0.0)
+    home = Workspace(recipe.workspace).artifact("recipes", recipe.name)
+    home.write_json("champion.json", {"promotions": [asdict(choice)]})
+
+
+def _evaluation(prior: str) -> Step:
+    return Step("evaluate", 1, {"train": {"num_steps": 1}}, {"prior": prior})
+
+
+def test_the_alias_stays_where_a_later_choice_has_put_it(database: str, tmp_path: Path) -> None:
+    """Each machine has an outbox of its own: one that has waited is delivered after a later one of another machine."""
+    recipe = parse_recipe({"name": "stale", "workspace": str(tmp_path), "tracking": {"uri": database}})
+    first, second = _evaluation("a"), _evaluation("b")
+    _choose(recipe, second)
+    send_champion(recipe, second, "sharper", pytest.fail)
+    send_champion(recipe, first, "of yesterday", pytest.fail)
+    client = _client(database)
+    assert client.get_model_version_by_alias("stale", "champion").tags["unclip.prior"] == "b"
+    assert {one.description for one in client.search_model_versions("name = 'stale'")} == {"sharper", "of yesterday"}
+    for step, time_ms, candidate in ((second, 20, "b"), (first, 10, "b"), (first, 20, "a"), (second, 30, "b")):
+        record = version_record(recipe, StepContext(recipe, step, str(tmp_path)), [], "candidate")
+        send_waiting(recipe, Workspace(str(tmp_path)), pytest.fail, record | {"time_ms": time_ms})
+        assert client.get_model_version_by_alias("stale", "candidate").tags["unclip.prior"] == candidate
+
+
 def test_a_champion_that_was_measured_without_a_tracker_is_registered(database: str, tmp_path: Path) -> None:
     recipe = parse_recipe({"name": "late", "workspace": str(tmp_path), "tracking": {"uri": database}})
-    send_champion(recipe, Step("evaluate", 1, {}, {"prior": "a"}), "the first", pytest.fail)
+    _choose(recipe, _evaluation("a"))
+    send_champion(recipe, _evaluation("a"), "the first", pytest.fail)
     assert _client(database).get_model_version_by_alias("late", "champion").tags["unclip.prior"] == "a"
 
 
@@ -337,6 +368,84 @@ def test_what_the_server_refuses_is_left_out_and_said(database: str, tmp_path: P
         assert tracking.finished(context, StepResult())
     assert [warning for warning in warnings if "refuses metrics" in warning]
     assert len(_runs(database, "refused")) == 2
+
+
+def test_a_run_that_somebody_deleted_takes_no_points_of_others_along(database: str, tmp_path: Path) -> None:
+    recipe, workspace, warnings = _recipe(database, "deleted"), Workspace(str(tmp_path)), list[str]()
+
+    def record(step: str, op: str, **fields: Any) -> Json:
+        return {"op": op, "run": ["attempt", step], **fields}
+
+    names = ("", "prior", "decoder")
+    start = {"params": {}, "tags": {}, "time_ms": 1}
+    send_waiting(recipe, workspace, pytest.fail, *(record(name, "start", name=name, **start) for name in names))
+    run_ids = {one.data.tags["unclip.step"]: one.info.run_id for one in _runs(database, "deleted")}
+    _client(database).delete_run(run_ids["prior"])
+    points = [
+        record(name, "metrics", points=[["loss", 0.5, 1000, step]])
+        for step in range(3)
+        for name in ("decoder", "prior")
+    ]
+    send_waiting(recipe, workspace, warnings.append, *points)
+    assert [step for step, _, _ in _history(database, run_ids["decoder"])] == [0, 1, 2]
+    assert len(warnings) == 1
+    assert "does not have the run of prior any more" in warnings[0]
+
+
+@pytest.mark.parametrize("end", ["delivery.lock", SENT])
+def test_storage_that_fails_for_a_moment_ends_no_delivery(
+    database: str, tmp_path: Path, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delivery, "_UNREADABLE_WAIT_S", 0.01)
+    name = f"stale {end}"
+    recipe, warnings = _recipe(database, name), list[str]()
+    failed = fail_calls(monkeypatch, "open", times=2, ends=(f"/{end}",))
+    with Tracking(recipe, Workspace(str(tmp_path)), warnings.append) as tracking:
+        context = _context(recipe, tmp_path)
+        tracking.started(context)
+        assert tracking.run_id(context, 60)
+    assert len(failed) == 2
+    assert [warning.partition(" (")[0] for warning in warnings] == [
+        f"what waits for the tracker {database} cannot be read"
+    ]
+    assert "FINISHED" in {one.info.status for one in _runs(database, name)}
+
+
+def test_storage_that_fails_to_the_end_fails_no_run(
+    database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, workspace, warnings = _recipe(database, "gone"), Workspace(str(tmp_path)), list[str]()
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_DATABASE_WAIT_S", 0.1)
+        with Tracking(recipe, workspace, warnings.append) as tracking:
+            tracking.started(_context(recipe, tmp_path))
+            fail_calls(patch, "open", times=10**9, ends=(f"/{SENT}",))
+        (records,) = (tmp_path / "tracking").glob(f"*/{RECORDS}")
+        assert [one for one in warnings if f"records may wait in {records}, which fails" in one]
+        warnings.clear()
+        (records.parent / SENT).touch()
+        send_waiting(recipe, workspace, warnings.append)
+        assert [warning.partition(": ")[0] for warning in warnings] == [str(records)]
+    send_waiting(recipe, workspace, pytest.fail)
+    assert {one.info.status for one in _runs(database, "gone")} == {"FINISHED", "RUNNING"}
+
+
+def test_a_reading_of_the_machine_that_fails_is_not_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delivery, "_SYSTEM_EVERY_S", 0.01)
+    read, failures, warnings = tracker.SystemMetrics.read, [OSError(5, "no answer")] * 2, list[str]()
+
+    def fail_first(self: tracker.SystemMetrics) -> dict[str, float]:
+        if failures:
+            raise failures.pop()
+        return read(self)
+
+    monkeypatch.setattr(tracker.SystemMetrics, "read", fail_first)
+    has_reading = threading.Event()
+    one = Delivery(Outbox(tmp_path), lambda: pytest.fail("nothing is to be delivered"), "", warnings.append)
+    one.start(lambda _: has_reading.set())
+    assert has_reading.wait(60)
+    one.close(60)
+    assert len(warnings) == 1
 
 
 def test_a_run_whose_steps_are_all_done_sends_what_waits(database: str, tmp_path: Path) -> None:

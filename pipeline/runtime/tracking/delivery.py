@@ -13,6 +13,7 @@ Json = dict[str, Any]
 
 _IDLE_S = 0.25
 _MOST_WAIT_S = 60.0
+_UNREADABLE_WAIT_S = 1.0
 _AT_A_TIME = 500
 _MOST_REFUSALS = 3
 _AFTER_EVERY_S = 300.0
@@ -44,7 +45,7 @@ class Delivery:
         self._tracker: Tracker | None = None
         self._ready, self._wake, self._stop = threading.Event(), threading.Event(), threading.Event()
         self._delivered_at = self._failed_at = self._after_at = float("-inf")
-        self._is_failing = False
+        self._is_failing = self._is_unreadable = False
         self._num_refusals = 0
         # Daemons: a server that does not answer must not keep the process from ending.
         self._threads = [threading.Thread(target=self._deliver, name="tracking", daemon=True)]
@@ -71,22 +72,22 @@ class Delivery:
             time.sleep(0.02)
 
     def close(self, patience_s: float) -> None:
-        """Wait while something is delivered, and end.
+        """Wait while something is delivered, and end; storage that fails now is asked again meanwhile.
 
         Args:
             patience_s: How long it waits for the next delivery; a server that fails now is not waited for.
         """
-        if self._outbox.num_bytes:
+        if self._outbox.may_wait:
             self._ready.wait(_MOST_WAIT_S)
         start = time.monotonic()
         self._wake.set()
-        while self._outbox.num_bytes and self._threads[0].is_alive():
+        while self._outbox.may_wait and self._threads[0].is_alive():
             if self._failed_at > start or time.monotonic() - max(start, self._delivered_at) > patience_s:
                 break
             time.sleep(0.02)
         self._stop.set()
         self._wake.set()
-        if not self._outbox.num_bytes:
+        if not self._outbox.may_wait:
             self._threads[0].join(patience_s)
         if self._num_refusals > _MOST_REFUSALS:
             self._warn(f"tracker {self._uri} has refused {self._num_refusals} records in all; they are left out")
@@ -100,9 +101,18 @@ class Delivery:
         finally:
             self._ready.set()
         while not self._stop.wait(_IDLE_S):
-            with self._outbox.delivering() as is_ours:
-                if is_ours:
-                    self._deliver_until_stopped()
+            try:
+                with self._outbox.delivering() as is_ours:
+                    if is_ours:
+                        self._deliver_until_stopped()
+            except Exception as error:  # noqa: BLE001  (storage that fails now may answer at the next look)
+                if not self._is_unreadable:
+                    self._is_unreadable = True
+                    self._warn(
+                        f"what waits for the tracker {self._uri} cannot be read ({first_line(error)}); the run goes "
+                        "on, and it is sent when it can"
+                    )
+                self._stop.wait(_UNREADABLE_WAIT_S)
 
     def _deliver_until_stopped(self) -> None:
         wait_s = 0.0
@@ -148,19 +158,26 @@ class Delivery:
         try:
             tracker.deliver(records)
         except RefusedError as error:
-            self._num_refusals += 1
-            if self._num_refusals <= _MOST_REFUSALS:
+            runs = dict.fromkeys(tuple(record["run"]) for record in records)
+            if len(runs) > 1:  # a run that somebody has deleted takes no points of others along
+                for run in runs:
+                    self._deliver_group(tracker, [record for record in records if tuple(record["run"]) == run])
+                return
+            self._num_refusals += len(records)
+            if self._num_refusals - len(records) < _MOST_REFUSALS:
                 self._warn(f"tracker {self._uri} refuses {records[0]['op']} ({first_line(error)}); it is left out")
 
     def _read_machine(self, sample: Callable[[dict[str, float]], None]) -> None:
-        try:
-            machine: SystemMetrics | None = None
-            while not self._stop.wait(_SYSTEM_EVERY_S):
+        machine, has_failed = None, False
+        while not self._stop.wait(_SYSTEM_EVERY_S):
+            try:
                 if self._outbox.num_bytes < _SYSTEM_BYTES:
                     machine = machine or SystemMetrics()
                     sample(machine.read())
-        except Exception as error:  # noqa: BLE001  (a reading of the machine must not stop a training)
-            self._warn(f"this machine's readings do not go to the tracker: {first_line(error)}")
+            except Exception as error:  # noqa: BLE001  (it must not stop a training, and the next one may work)
+                if not has_failed:
+                    has_failed = True
+                    self._warn(f"a reading of this machine does not go to the tracker: {first_line(error)}")
 
 
 def _grouped(records: Sequence[tuple[Json | None, int]]) -> list[tuple[list[Json], int]]:

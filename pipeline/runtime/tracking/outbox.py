@@ -41,6 +41,14 @@ class Outbox:
         return size - self._offset(size)
 
     @property
+    def may_wait(self) -> bool:
+        """Whether something is not delivered yet, or storage does not say at the moment."""
+        try:
+            return self.num_bytes > 0
+        except OSError:
+            return True
+
+    @property
     def num_records(self) -> int:
         """Records that are not delivered yet; reads them."""
         return count_waiting(self._records, self._sent) if self.num_bytes else 0

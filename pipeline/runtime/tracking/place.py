@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.addresses import without_password
 from pipeline.errors import ConfigError
+from pipeline.recipe.champion import read_promotions
 from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.tracking.outbox import RECORDS, SENT, Outbox, count_waiting
 from pipeline.runtime.tracking.tracker import Tracker, make_database
@@ -140,10 +141,15 @@ class Place:
     def tracker(self) -> Tracker:
         """Open the server."""
         if not self.is_local:
-            return Tracker(self.uri, self.experiment)
+            return Tracker(self.uri, self.experiment, champion_of=self._champion_of)
         database = Path(urllib.parse.urlsplit(self.uri).path[1:]).absolute()
         make_database(database)
-        return Tracker(self.uri, self.experiment, database.parent / "mlflow")
+        return Tracker(self.uri, self.experiment, database.parent / "mlflow", self._champion_of)
+
+    def _champion_of(self, recipe: str) -> str:
+        """Key of the evaluation that is a recipe's champion now; empty: it has none."""
+        champion = read_promotions(self._workspace, recipe).champion
+        return champion.evaluate if champion else ""
 
     def num_waiting(self) -> int:
         """Records that the tracker does not have yet: of this machine, or what another published; changes nothing."""

@@ -29,7 +29,7 @@ def version_record(recipe: Recipe, context: StepContext, run: list[str], alias: 
     """
     networks = {f"unclip.{name}": key for name, key in context.step.inputs.items() if name in recipe.trained()}
     record = model_record("version", "cascade", context, run)
-    return record | {"alias": alias, "tags": record["tags"] | networks}
+    return record | {"alias": alias, "tags": record["tags"] | networks, "time_ms": now_ms()}
 
 
 def model_record(op: str, name: str, context: StepContext, run: list[str]) -> Json:

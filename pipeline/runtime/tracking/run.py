@@ -294,7 +294,11 @@ def send_waiting(recipe: Recipe, workspace: Workspace, warn: Callable[[str], Non
     if place.uri == OFF:
         return
     check_scheme(place.uri)
-    if not records and not place.num_waiting():
+    try:
+        if not records and not place.num_waiting():
+            return
+    except (OSError, UnclipError) as error:
+        warn(f"{place.kept_in}: {error}; the next run sends what waits there")
         return
     outbox = _opened(place, warn)
     if outbox is None:
@@ -304,15 +308,18 @@ def send_waiting(recipe: Recipe, workspace: Workspace, warn: Callable[[str], Non
             outbox.append(records)
         except OSError as error:
             warn(f"{place.kept_in}: {error}; the tracker does not get {records[0]['op']}")
-    if outbox.num_bytes:
-        delivery = _delivery_of(place, outbox, warn)
-        delivery.start()
-        _close(place, outbox, delivery, warn)
-    place.close()
+    if not outbox.may_wait:
+        place.close()
+        return
+    delivery = _delivery_of(place, outbox, warn)
+    delivery.start()
+    _close(place, outbox, delivery, warn)
 
 
 def send_champion(recipe: Recipe, step: Step, reason: str, warn: Callable[[str], None]) -> None:
-    """Move the registered model's alias ``champion`` to a measured cascade.
+    """Move the registered model's alias ``champion`` to a measured cascade; if it is there already, nothing changes.
+
+    A server that does not answer now gets it later, if the cascade is still the champion then.
 
     Args:
         recipe: Its ``tracking`` table names the server.
@@ -322,7 +329,7 @@ def send_champion(recipe: Recipe, step: Step, reason: str, warn: Callable[[str],
     """
     workspace = Workspace(recipe.workspace)
     record = version_record(recipe, StepContext(recipe, step, workspace.root), [], CHAMPION)
-    send_waiting(recipe, workspace, warn, record | {"reason": reason})
+    send_waiting(recipe, workspace, warn, record | {"reason": reason, "recipe": recipe.name})
 
 
 def _opened(place: Place, warn: Callable[[str], None]) -> Outbox | None:
@@ -339,7 +346,7 @@ def _delivery_of(place: Place, outbox: Outbox, warn: Callable[[str], None]) -> D
     def publish() -> None:
         try:
             place.publish()
-        except UnclipError as error:
+        except (OSError, sqlite3.Error, UnclipError) as error:  # no failure of the server
             warn(f"the tracker's database is not in the workspace: {error}")
 
     return Delivery(outbox, place.tracker, place.shown_uri, warn, publish)
@@ -347,14 +354,15 @@ def _delivery_of(place: Place, outbox: Outbox, warn: Callable[[str], None]) -> D
 
 def _close(place: Place, outbox: Outbox, delivery: Delivery, warn: Callable[[str], None]) -> None:
     delivery.close(_DATABASE_WAIT_S if place.is_local else _SERVER_WAIT_S)
-    if number := outbox.num_records:
-        warn(
-            f"tracker {place.shown_uri}: {number} records wait in {place.kept_in}; the next `unclip run` of this "
-            "recipe sends them, also if all its steps are done"
-        )
-    else:
-        with contextlib.suppress(OSError):  # a full disk; the next run compacts it
-            outbox.compact()
+    sender = "the next `unclip run` of this recipe sends them, also if all its steps are done"
+    try:
+        if number := outbox.num_records:
+            warn(f"tracker {place.shown_uri}: {number} records wait in {place.kept_in}; {sender}")
+        else:
+            with contextlib.suppress(OSError):  # a full disk; the next run compacts it
+                outbox.compact()
+    except OSError as error:
+        warn(f"tracker {place.shown_uri}: records may wait in {place.kept_in}, which fails ({error}); {sender}")
     try:
         place.publish()  # also what a failed or interrupted run has tracked
     except (OSError, sqlite3.Error, UnclipError) as error:

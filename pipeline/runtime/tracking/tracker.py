@@ -26,6 +26,8 @@ _MAX_PARAMS = 100
 _MAX_VALUE_CHARS = 500
 _PARENT = "pipeline"
 _CHILD = "unclip.child"
+_MEASURED = "unclip.measured_ms"
+"""When a candidate was measured, in milliseconds since the epoch."""
 _PASSING = {401, 403, 408, 425, 429}
 """Refusals that a person or time may lift: a password, too many requests."""
 _MOST_TRIES = 3
@@ -79,11 +81,16 @@ def tags_by_alias(uri: str, name: str, alias: str) -> tuple[str, dict[str, str]]
         Exception: If it does not answer, or not well.
     """
     prepare()
-    from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
+    return _tags_by_alias(MlflowClient(tracking_uri=uri, registry_uri=uri), name, alias)
+
+
+def _tags_by_alias(client: Any, name: str, alias: str) -> tuple[str, dict[str, str]]:
+    from mlflow.exceptions import MlflowException
+
     try:
-        version: Any = MlflowClient(tracking_uri=uri, registry_uri=uri).get_model_version_by_alias(name, alias)
+        version: Any = client.get_model_version_by_alias(name, alias)
     except MlflowException as error:
         if error.error_code in {"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"}:
             raise NoAliasError(alias) from None
@@ -102,13 +109,20 @@ class Tracker:
         uri: MLflow tracking URI (``sqlite:///...`` or ``http://...``).
         experiment: Experiment name, and name of the registered model; made when missing.
         files: Folder for pictures and small files, where no server keeps them.
+        champion_of: The key of the evaluation that is a recipe's champion now, by the recipe's name.
     """
 
-    def __init__(self, uri: str, experiment: str, files: Path | None = None) -> None:
+    def __init__(
+        self,
+        uri: str,
+        experiment: str,
+        files: Path | None = None,
+        champion_of: Callable[[str], str] | None = None,
+    ) -> None:
         from mlflow.tracking import MlflowClient
 
         self._client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-        self._name = experiment
+        self._name, self._champion_of = experiment, champion_of
         self._experiment_id = self._experiment(None if files is None else files.as_uri())
         self.run_ids: dict[tuple[str, ...], str] = {}
         """MLflow's run id of each (pipeline run, step), or (pipeline run, step, "2") of a step whose curves began anew.
@@ -256,11 +270,30 @@ class Tracker:
         return model
 
     def _register(self, record: Json) -> None:
-        """A cascade as a version of the registered model, under an alias."""
-        version = self._version(record["tags"]["unclip.key"]) or self._create_version(record)
-        self._client.set_registered_model_alias(self._name, record["alias"], version)
+        """A cascade as a version of the registered model, under an alias.
+
+        A record may have waited while another machine delivered later ones, whose alias stays.
+        """
+        key = record["tags"]["unclip.key"]
+        version = self._version(key) or self._create_version(record)
         if "reason" in record:
             self._client.update_model_version(self._name, version, record["reason"])
+        if "recipe" in record and self._champion_of is not None:
+            is_newest = self._champion_of(record["recipe"]) == key
+        else:
+            is_newest = self._note_time(record, version)
+        if is_newest:
+            self._client.set_registered_model_alias(self._name, record["alias"], version)
+
+    def _note_time(self, record: Json, version: str) -> bool:
+        """Note when a version was measured; whether the one that has its alias was not measured later."""
+        time_ms, newest_ms = int(record.get("time_ms", 0)), 0
+        with contextlib.suppress(NoAliasError):
+            newest_ms = int(_tags_by_alias(self._client, self._name, record["alias"])[1].get(_MEASURED, 0))
+        if time_ms < newest_ms:
+            return False
+        self._client.set_model_version_tag(self._name, version, _MEASURED, str(time_ms))
+        return True
 
     def _create_version(self, record: Json) -> str:
         from mlflow.exceptions import MlflowException
