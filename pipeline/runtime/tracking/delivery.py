@@ -118,16 +118,17 @@ class Delivery:
         wait_s = 0.0
         while not self._stop.is_set():
             if self._outbox.num_bytes:
-                wait_s = 0.0 if self._deliver_some() else min(_MOST_WAIT_S, max(1.0, 2 * wait_s))
+                groups = _grouped(self._outbox.read(_AT_A_TIME))
+                wait_s = 0.0 if self._deliver_some(groups) else min(_MOST_WAIT_S, max(1.0, 2 * wait_s))
             self._wake.wait(max(wait_s, _IDLE_S))
             self._wake.clear()
 
-    def _deliver_some(self) -> bool:
-        """Deliver the next records; whether the server took, or refused, them."""
+    def _deliver_some(self, groups: Sequence[tuple[list[Json], int]]) -> bool:
+        """Deliver groups of records; whether the server took, or refused, them."""
         try:
             if self._tracker is None:
                 self._tracker = self._open()
-            for records, offset in _grouped(self._outbox.read(_AT_A_TIME)):
+            for records, offset in groups:
                 self._deliver_group(self._tracker, records)
                 self._outbox.mark_sent(offset)
                 self._delivered_at = time.monotonic()
