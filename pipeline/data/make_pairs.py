@@ -144,7 +144,7 @@ class PairsMaker:
     def _read(self, name: str, on_rows: OnRows) -> dict[str, int]:
         number = self._names.index(name.removeprefix(READ))
         reading = Reading(limit=self._rows_left(number))
-        batches = () if reading.is_full else self._source.read(self._pieces[number], self._names[number], reading)
+        batches = () if reading.is_full else self._source.read(self._pieces[number], reading)
         with (
             self._output.write(f"{name}.runs") as runs_path,
             self._output.write(f"{name}.parquet") as path,

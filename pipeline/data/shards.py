@@ -6,8 +6,7 @@ the embeddings or the index.
 """
 
 import functools
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,11 @@ import pyarrow as pa
 import pyarrow.compute
 from PIL import Image
 
-from pipeline.data.list_columns import CAPTION_COLUMNS
 from pipeline.data.mends import repair_hint
-from pipeline.data.rows import make_uid
 from pipeline.data.shard_tables import TAKEN_IN, good_rows, read_table
 from pipeline.data.tar_files import FarTar, LocalTar
 from pipeline.data.tar_index import Members, find_in_tar, picture_span
+from pipeline.data.tar_samples import sample_of
 from pipeline.errors import DataError
 from pipeline.pictures.read import decode
 from pipeline.workspace.files import is_remote
@@ -31,22 +29,6 @@ pc: Any = pyarrow.compute  # its functions are created at import, so a type chec
 _SEARCHES = 700  # in one tar, as long as reading all headers of 10,000 pictures
 _OPEN_SHARDS = 16  # the index of a tar of 10,000 pictures takes 8 MB
 _RANGED_SHARDS = 64  # the pictures of one search are in as many shards, 40 by default; of each the places are kept
-
-
-def sample_url(record: Mapping[str, Any], shard: str, key: str) -> str:
-    """The URL in the json of a sample; of a sample without one, its place."""
-    url = record.get("url")
-    return url.strip() if isinstance(url, str) and url.strip() else f"shard:{shard}/{key}"
-
-
-def sample_caption(record: Mapping[str, Any], text: bytes) -> str:
-    """The caption in the json of a sample, or else its text file.
-
-    Raises:
-        ValueError: If the text is not UTF-8.
-    """
-    caption = next((one for name in CAPTION_COLUMNS if isinstance(one := record.get(name), str)), None)
-    return text.decode("utf-8-sig").strip() if caption is None else caption
 
 
 class ShardPictures:
@@ -92,22 +74,20 @@ class ShardPictures:
             return data
         files, tar = self._files(key), self._tar.file
         picture = picture_span(files)
-        if picture is None or not files.keys() & {"json", "txt"}:
+        if picture is None:
             raise DataError(f"{self.where(key, uid)}: no picture and json of this key in {tar}; {repair_hint(tar)}")
         try:
-            record = json.loads(self._read(files["json"])) if "json" in files else {}
-            text = self._read(files["txt"]) if "txt" in files else b""
-            # A tar that somebody else wrote holds no uid of ours, but what it is computed from.
-            tar_uid = record.get("uid")
-            if tar_uid != uid:
-                computed = make_uid(sample_url(record, self._shard, key), sample_caption(record, text))
-                tar_uid = computed if computed == uid else tar_uid or computed
-        except (ValueError, AttributeError) as error:
+            sample = sample_of(key, files, self._read)
+        except ValueError as error:
             raise DataError(
-                f"{self.where(key, uid)}: malformed json in {tar} ({error!r}); {repair_hint(tar)}"
+                f"{self.where(key, uid)}: malformed json or text in {tar} ({error}); {repair_hint(tar)}"
             ) from None
-        if tar_uid != uid:
-            raise DataError(f"{self.where(key, uid)}: the row has uid {tar_uid} in {tar}; {repair_hint(tar)}")
+        # A tar that somebody else wrote holds no uid of ours, but what it is computed from.
+        tar_uid = sample.record.get("uid")
+        if uid not in (tar_uid, sample.uid):
+            raise DataError(
+                f"{self.where(key, uid)}: the row has uid {tar_uid or sample.uid} in {tar}; {repair_hint(tar)}"
+            )
         data = self._read(picture)
         if not self._tar.is_right(key, uid, data):
             raise DataError(

@@ -52,12 +52,11 @@ class Source:
                 pieces += [[replace(span, list_number=number) for span in piece] for piece in _pieces(config)]
         return pieces
 
-    def read(self, piece: Sequence[Span], name: str, reading: Reading) -> Iterator[pa.Table]:
+    def read(self, piece: Sequence[Span], reading: Reading) -> Iterator[pa.Table]:
         """Stream the rows of a piece.
 
         Args:
             piece: One of ``pieces``.
-            name: Name of the part of the list that it becomes.
             reading: Counts the rows that are left out; its limit counts all rows.
 
         Yields:
@@ -68,9 +67,9 @@ class Source:
         """
         number = list_of(piece)
         with named_list(self.config, number):
-            yield from self._read(self.config.each()[number], piece, name, reading)
+            yield from self._read(self.config.each()[number], piece, reading)
 
-    def _read(self, config: PairsConfig, piece: Sequence[Span], name: str, reading: Reading) -> Iterator[pa.Table]:
+    def _read(self, config: PairsConfig, piece: Sequence[Span], reading: Reading) -> Iterator[pa.Table]:
         if config.source == "drawn":
             for batch in drawn_batches(config.drawn, self.seed):
                 yield batch.slice(0, reading.take(batch.num_rows))
@@ -83,7 +82,7 @@ class Source:
         elif config.source == "shards":
             reading.begin(piece[0].uri)
             with explain_damage(piece[0].uri), local_copy(piece[0].uri) as tar:
-                yield from tar_tables(tar, name, self.extra_columns, reading)
+                yield from tar_tables(tar, self.extra_columns, reading)
         else:
             columns = ListColumns(config.url_column, config.caption_column, self.extra_columns)
             types = common_types(extra_schemas(piece, columns))

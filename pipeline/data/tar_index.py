@@ -1,7 +1,7 @@
 """Where the files of a shard's tar lie: all of them by their headers, or those of one key by bisection."""
 
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pipeline.data.mends import repair_hint
@@ -13,7 +13,8 @@ _SEARCH_BYTES = 1 << 16
 _END = bytes(_BLOCK_BYTES)
 
 Members = dict[str, dict[str, tuple[int, int]]]
-"""Span of each file in a tar, (offset, size) in bytes, by key and by extension."""
+"""Span of each file in a tar, (offset, size) in bytes, by key and by extension. In a name, half of a surrogate pair
+stands for a byte that is not UTF-8."""
 ReadBytes = Callable[[int, int], bytes]
 """Reads a file from one offset to another; fewer bytes where it ends."""
 
@@ -37,7 +38,8 @@ def index_tar(path: Path, *, hint: str = "") -> Members:
             stream.seek(offset)
             header = stream.read(_BLOCK_BYTES)
             if len(header) < _BLOCK_BYTES or offset > size_bytes:
-                raise DataError(f"{path}: truncated after {last or 'its first bytes'}; {hint or repair_hint(path)}")
+                place = shown(last) or "its first bytes"
+                raise DataError(f"{path}: truncated after {place}; {hint or repair_hint(path)}")
             if header == _END:
                 return members
             if header[257:262] != b"ustar" or header[156:157] not in {b"0", b"\0"}:
@@ -121,7 +123,9 @@ def _read_header(header: bytes, tar: Path | str, offset: int, hint: str) -> tupl
     checksum = header[148:156]
     try:
         is_whole = int(checksum.strip(b" \0") or b"0", 8) == sum(header) - sum(checksum) + 8 * ord(" ")
-        name, prefix = (header[part].rstrip(b"\0").decode() for part in (slice(100), slice(345, 500)))
+        name, prefix = (
+            header[part].rstrip(b"\0").decode(errors="surrogateescape") for part in (slice(100), slice(345, 500))
+        )
         size_bytes = int(header[124:136].strip(b" \0"), 8)
     except ValueError:
         is_whole, name, prefix, size_bytes = False, "", "", 0
@@ -134,7 +138,7 @@ def _index_any_tar(path: Path, hint: str) -> Members:
     """Index a tar with long names or extended headers, which img2dataset does not write."""
     members: Members = {}
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:", encoding="utf-8", errors="surrogateescape") as tar:
             for member in tar:
                 key, extension = _key_and_extension(member.name)
                 members.setdefault(key, {})[extension] = (member.offset_data, member.size)
@@ -150,7 +154,12 @@ def _key_and_extension(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{key}", extension
 
 
-def picture_span(files: dict[str, tuple[int, int]]) -> tuple[int, int] | None:
+def shown(name: str) -> str:
+    """A file's name or key for people and for files of text: its bytes that are not UTF-8 are written as escapes."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+def picture_span(files: Mapping[str, tuple[int, int]]) -> tuple[int, int] | None:
     """Offset and size of the picture among the files of a row, in bytes; None if it has none."""
     spans = (span for extension, span in files.items() if extension.rpartition(".")[2].lower() in _PICTURES)
     return next(spans, None)

@@ -5,66 +5,56 @@ its record in ``.json``, or both.
 """
 
 import hashlib
-import io
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
-from pipeline.data.blank import BLANK, num_blank
-from pipeline.data.json_lists import parse_json
+from pipeline.data.blank import BLANK
+from pipeline.data.causes import cause_of
 from pipeline.data.list_columns import column_in_list
 from pipeline.data.lists import require_parts
-from pipeline.data.reading import MAX_CELL, Reading, within_limit
-from pipeline.data.rows import make_uid
+from pipeline.data.reading import Reading, has_surrogates, within_limit
 from pipeline.data.shard_tables import PLACE_FIELDS, TAKEN_IN, Place
-from pipeline.data.shards import sample_caption, sample_url
-from pipeline.data.tar_index import index_tar, picture_span
+from pipeline.data.shard_writer import FAILED_TO_RESIZE, FAILURES, SUCCESS, failure_causes
+from pipeline.data.tar_index import index_tar, shown
+from pipeline.data.tar_samples import TarSample, sample_of
 from pipeline.errors import DataError
-from pipeline.pictures.read import FORMATS
+from pipeline.pictures.read import PictureError, read
 from pipeline.workspace.files import UserFile, find_files, local_copy
-from pipeline.workspace.forgotten import CAUSE
 from pipeline.workspace.hashing import HashedFile
 from pipeline.workspace.store import Artifact
 
 BATCH_ROWS = 10_000
 _HINT = "bring this file back from a copy, or leave it out of the folder"
 _SIZES = ("width", "height", "original_width", "original_height")
+_MOST_PX = 2**31 - 1
 
 
 @dataclass(frozen=True)
-class TarSample:
-    """A sample of a tar that can be read."""
+class TakenIn:
+    """A shard that was taken in."""
 
-    key: str
-    """The key of its files."""
-    url: str
-    """Where the picture was found; of a sample without a URL, its place in the tar."""
-    caption: str
-    """Its text; may be empty."""
-    record: Mapping[str, Any]
-    """Its json; empty if it has none."""
-    span: tuple[int, int]
-    """Offset and size of its picture in the tar, in bytes."""
-
-    @property
-    def uid(self) -> str:
-        """The uid of its row."""
-        return make_uid(self.url, self.caption)
+    files: dict[str, dict[str, Any]]
+    """Size and SHA-256 of each file, by name."""
+    counts: dict[str, int]
+    """Rows: ``in`` = ``ok`` + ``failed_to_download`` (forgotten pairs) + ``failed_to_resize`` (damaged pictures)."""
+    causes: dict[str, int]
+    """Failed rows by class."""
 
 
-def read_tar(tar: Path, shard: str, reading: Reading) -> Iterator[TarSample]:
+def read_tar(tar: Path, reading: Reading) -> Iterator[TarSample]:
     """The samples of a tar, by key.
 
     Args:
         tar: The tar.
-        shard: Name of the shard that it becomes.
-        reading: Counts samples without a picture or a readable text.
+        reading: Counts the samples that cannot be used.
 
     Raises:
         DataError: If the file is no tar, or is damaged.
@@ -74,15 +64,15 @@ def read_tar(tar: Path, shard: str, reading: Reading) -> Iterator[TarSample]:
         for number, key in enumerate(sorted(members), start=1):
             reading.at_line(number)
             try:
-                yield _sample(stream, members[key], shard, key)
+                yield sample_of(key, members[key], partial(_read, stream))
             except ValueError as error:
-                reading.malformed(number, f"key {key}: {error}")
+                reading.malformed(number, f"key {shown(key)}: {error}")
 
 
-def tar_tables(tar: Path, shard: str, extra: tuple[str, ...], reading: Reading) -> Iterator[pa.Table]:
+def tar_tables(tar: Path, extra: tuple[str, ...], reading: Reading) -> Iterator[pa.Table]:
     """The rows of a tar: ``url``, ``caption``, ``key`` and the fields of the json that are kept."""
     names, rows = ("url", "caption", "key", *extra), list[list[str | None]]()
-    for sample in within_limit(read_tar(tar, shard, reading), reading):
+    for sample in within_limit(read_tar(tar, reading), reading):
         try:
             texts = [_as_text(sample.record.get(name, sample.record.get(column_in_list(name)))) for name in extra]
         except (ValueError, RecursionError) as error:
@@ -121,18 +111,19 @@ def count_samples(path: str) -> int:
     return round(count * sum(file.num_bytes for file in files) / max(1, files[0].num_bytes))
 
 
-def table_of(tar: Path, shard: str, pairs: pa.Table) -> pa.Table:
+def table_of(tar: Path, pairs: pa.Table) -> pa.Table:
     """The table of a shard that is taken in as it is, as the download writes it for its own.
+
+    Every picture is decoded once: as with pictures that were downloaded, no later step finds one that is damaged.
 
     Args:
         tar: The tar.
-        shard: Name of the shard.
         pairs: Its part of the list of pairs, with the keys.
 
     Raises:
         DataError: If the tar lacks a key of the list, or has another uid for it.
     """
-    samples = {sample.key: sample for sample in read_tar(tar, shard, Reading(lines=[(str(tar), 0)]))}
+    samples = {sample.key: sample for sample in read_tar(tar, Reading(lines=[(str(tar), 0)]))}
     rows: list[dict[str, Any]] = []
     with tar.open("rb") as stream:
         for row in pairs.to_pylist():
@@ -142,11 +133,11 @@ def table_of(tar: Path, shard: str, pairs: pa.Table) -> pa.Table:
             sample = samples.get(row["key"])
             if sample is None or sample.uid != row["uid"]:
                 raise DataError(f"{tar}: key {row['key']}: is not what it was when the list of pairs was made")
-            rows.append(row | {"status": "success", "error_message": None} | _picture_columns(stream, sample))
+            rows.append(row | _picture_columns(_read(stream, sample.span), sample))
     return pa.Table.from_pylist(rows, schema=_schema(pairs.schema))
 
 
-def take_in(uri: str, pairs: pa.Table, shard: str, output: Artifact) -> dict[str, dict[str, Any]]:
+def take_in(uri: str, pairs: pa.Table, shard: str, output: Artifact) -> TakenIn:
     """Record a tar as a shard of the download: a link to it, or a copy if one of them is remote, and its table.
 
     Args:
@@ -155,24 +146,32 @@ def take_in(uri: str, pairs: pa.Table, shard: str, output: Artifact) -> dict[str
         shard: Name of the shard.
         output: The artifact of the download step.
 
-    Returns:
-        Size and SHA-256 of each file, by name.
-
     Raises:
         DataError: If the tar is damaged, or is not the one that the list of pairs was made from.
     """
     names = [f"{shard}.tar", f"{shard}.parquet", f"{shard}_stats.json"]
     output.link(names[0], uri)
-    table = table_of(output.path(names[0]), shard, pairs)
+    table = table_of(output.path(names[0]), pairs)
     with output.write(names[1]) as path, HashedFile(path) as stream:
         pq.write_table(table, stream)
-    num_forgotten = num_blank(table)
-    num_ok = table.num_rows - num_forgotten
-    counts = {"count": table.num_rows, "successes": num_ok, "failed_to_download": num_forgotten, "failed_to_resize": 0}
-    times = {"start_time": 0.0, "end_time": 0.0, "duration": 0.0}
-    causes = {"success": num_ok} | ({CAUSE: num_forgotten} if num_forgotten else {})
-    output.write_json(names[2], counts | times | {"status_dict": causes})
-    return {name: output.describe(name) for name in names}
+    totals = taken_in_totals(table)
+    output.write_json(names[2], totals | {"start_time": 0.0, "end_time": 0.0, "duration": 0.0})
+    files = {name: output.describe(name) for name in names}
+    return TakenIn(files, counts_of(totals), dict(failure_causes([totals])))
+
+
+def taken_in_totals(table: pa.Table) -> dict[str, Any]:
+    """Numbers of rows in the table of a shard that was taken in, as ``<shard>_stats.json`` has them."""
+    statuses = Counter(table.column("status").to_pylist())
+    causes = Counter(cause_of(message or SUCCESS) for message in table.column("error_message").to_pylist())
+    totals: dict[str, Any] = {"count": table.num_rows, "successes": statuses[SUCCESS]}
+    return totals | {status: statuses[status] for status in FAILURES} | {"status_dict": dict(causes.most_common())}
+
+
+def counts_of(totals: Mapping[str, Any]) -> dict[str, int]:
+    """The counts of a shard's record from its ``taken_in_totals``."""
+    failed = {status: totals[status] for status in FAILURES if totals[status]}
+    return {"in": totals["count"], "ok": totals["successes"]} | failed
 
 
 def _schema(pairs: pa.Schema) -> pa.Schema:
@@ -182,44 +181,33 @@ def _schema(pairs: pa.Schema) -> pa.Schema:
     return pa.schema([*pairs, *(pa.field(*one) for one in fields)], metadata={TAKEN_IN: b"as it is"})
 
 
-def _picture_columns(stream: IO[bytes], sample: TarSample) -> dict[str, Any]:
-    picture = _read(stream, sample.span)
-    sizes = {name: sample.record.get(name) for name in _SIZES}
-    if not all(isinstance(size, int) for size in sizes.values()):
-        width, height = _size(picture)
-        sizes = {"width": width, "height": height, "original_width": width, "original_height": height}
-    exif, sha256 = sample.record.get("exif"), sample.record.get("sha256")
+def _picture_columns(picture: bytes, sample: TarSample) -> dict[str, Any]:
+    """What the table says of a picture: its sizes and its place, or why it cannot be decoded."""
+    try:
+        decoded = read(picture, where=sample.uid)
+    except PictureError as error:
+        return {"status": FAILED_TO_RESIZE, "error_message": error.reason}
+    width, height = decoded.width, decoded.height
+    original = [sample.record.get(name) for name in ("original_width", "original_height")]
+    original_width, original_height = original if all(map(_is_size, original)) else (width, height)
+    exif, sha256 = (_text_or_none(sample.record.get(name)) for name in ("exif", "sha256"))
     return {
-        **sizes,
-        "exif": exif if isinstance(exif, str) else None,
-        "sha256": sha256 if isinstance(sha256, str) else hashlib.sha256(picture).hexdigest(),
+        "status": SUCCESS,
+        **dict(zip(_SIZES, (width, height, original_width, original_height), strict=True)),
+        "exif": exif,
+        "sha256": hashlib.sha256(picture).hexdigest() if sha256 is None else sha256,
         **Place.of(sample.uid, picture, sample.span[0])._asdict(),
     }
 
 
-def _size(picture: bytes) -> tuple[int | None, int | None]:
-    """Width and height in a picture's header; None if it has none that can be read: then no step can decode it."""
-    try:
-        with Image.open(io.BytesIO(picture), formats=FORMATS) as image:
-            return image.size
-    except (OSError, ValueError, Image.DecompressionBombError):
-        return None, None
+def _is_size(value: Any) -> bool:
+    """Whether a value of a json is a length in pixels that the table can hold."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_PX
 
 
-def _sample(stream: IO[bytes], files: dict[str, tuple[int, int]], shard: str, key: str) -> TarSample:
-    picture = picture_span(files)
-    if picture is None:
-        raise ValueError("no picture")
-    record: dict[str, Any] = {}
-    if "json" in files:
-        value = parse_json(_read(stream, files["json"]))
-        record = cast("dict[str, Any]", value) if isinstance(value, dict) else {}
-    caption = sample_caption(record, _read(stream, files["txt"]) if "txt" in files else b"")
-    url = sample_url(record, shard, key)
-    (key + url + caption).encode()  # half of a surrogate pair is no character
-    if max(len(url), len(caption)) > MAX_CELL:
-        raise ValueError(f"a URL or caption longer than {MAX_CELL} characters")
-    return TarSample(key, url, caption, record, picture)
+def _text_or_none(value: Any) -> str | None:
+    """A value of a json if it is a text that the table can hold."""
+    return value if isinstance(value, str) and not has_surrogates(value) else None
 
 
 def _as_text(value: Any) -> str | None:

@@ -24,22 +24,15 @@ from pipeline.data.pairs import ROW_GROUP_ROWS
 from pipeline.data.retries import adopt
 from pipeline.data.selection import label_file
 from pipeline.data.shard_tables import TAKEN_IN, read_names, read_schema, read_table, split_counts
-from pipeline.data.shard_writer import (
-    FAILED_TO_DOWNLOAD,
-    SUCCESS,
-    ShardFiles,
-    ShardRow,
-    failure_causes,
-    read_shard,
-    write_shard,
-)
+from pipeline.data.shard_writer import ShardFiles, ShardRow, failure_causes, read_shard, write_shard
 from pipeline.data.tar_index import index_tar
+from pipeline.data.tars import counts_of, taken_in_totals
 from pipeline.data.token_states import copy_states, states_file
 from pipeline.data.vectors import write_embeddings
 from pipeline.filter.examples import EXAMPLES
 from pipeline.filter.labels import count_reasons
 from pipeline.forget.search import FAILURES, SHARDS_STAY
-from pipeline.workspace.forgotten import CAUSE, Forgotten, Rewrite
+from pipeline.workspace.forgotten import Forgotten, Rewrite
 from pipeline.workspace.hashing import HashedFile
 from pipeline.workspace.manifest import Manifest, add_counts, content_of
 from pipeline.workspace.store import ALL_RECORDS, LIVE, MANIFEST, RECORD_SUFFIX, Artifact
@@ -185,12 +178,9 @@ def _rewrite_taken_in(artifact: Artifact, shard: str, forgotten: Forgotten) -> t
     table = blank_rows(pq.read_table(artifact.path(name)), forgotten)
     with artifact.write(name) as path, HashedFile(path) as stream:
         pq.write_table(table, stream)
-    num_ok = Counter(table.column("status").to_pylist())[SUCCESS]
-    num_failed = table.num_rows - num_ok
-    stats = artifact.read_json(f"{shard}_stats.json")
-    totals = {"successes": num_ok, FAILED_TO_DOWNLOAD: num_failed, "status_dict": {SUCCESS: num_ok, CAUSE: num_failed}}
-    artifact.write_json(f"{shard}_stats.json", stats | totals)
-    return {"in": table.num_rows, "ok": num_ok, FAILED_TO_DOWNLOAD: num_failed}, {CAUSE: num_failed}
+    totals = taken_in_totals(table)
+    artifact.write_json(f"{shard}_stats.json", artifact.read_json(f"{shard}_stats.json") | totals)
+    return counts_of(totals), dict(failure_causes([totals]))
 
 
 def _empty(row: ShardRow) -> ShardRow:

@@ -122,7 +122,12 @@ class PairsConfig(StepSection):
         return (".tar",) if self.source == "shards" else ()
 
     def path_in_key(self, path: str) -> str:
-        """A folder's absolute path or URI, because the URLs of its pictures contain it."""
+        """A folder's absolute path or URI, because the URLs of its pictures contain it; of shards, how they are read.
+
+        An earlier release named pictures without a URL by their place, and took damaged ones.
+        """
+        if self.source == "shards":
+            return "by content, decoded"
         if self.source != "folder":
             return ""
         return path.rstrip("/") if "://" in path else str(Path(path).resolve())

@@ -2,7 +2,9 @@
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 
+from pipeline.errors import DataError
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.pool import ShardJob, map_shards, total_counts
 from pipeline.workspace.forgotten import CAUSE
@@ -10,7 +12,11 @@ from pipeline.workspace.manifest import ShardRecord
 
 
 def take_in_shards(context: StepContext) -> StepResult:
-    """Record every shard of the source with a table of its rows; the tars stay where they are."""
+    """Record every shard of the source with a table of its rows; the tars stay where they are.
+
+    Raises:
+        DataError: If too few pictures can be decoded.
+    """
     from pipeline.data.pairs import Pairs
     from pipeline.data.sources import tars_of
 
@@ -20,8 +26,25 @@ def take_in_shards(context: StepContext) -> StepResult:
     records = map_shards(context, ShardJob(TakeInWorker, shards, pairs.num_rows, resources))
     counts = total_counts(records)
     causes = sum((Counter(record.causes) for record in records), Counter[str]())
+    require_pictures(counts, causes, resources.min_success_prob)
     metrics = {"success": counts["ok"] / max(1, counts["in"]), "failures": dict(causes)}
     return StepResult(counts=counts, metrics=metrics, num_workers=resources.num_workers)
+
+
+def require_pictures(counts: Mapping[str, int], causes: Counter[str], min_success_prob: float) -> None:
+    """Refuse tars of which too few pictures can be decoded; forgotten pairs do not count.
+
+    Raises:
+        DataError: Names the causes.
+    """
+    num_rows = counts["in"] - causes[CAUSE]
+    if not num_rows or counts["ok"] >= max(1, min_success_prob * num_rows):
+        return
+    named = "; ".join(f"{count} x {cause}" for cause, count in causes.most_common() if cause != CAUSE)
+    raise DataError(
+        f"download: only {counts['ok']} of {num_rows} pictures of the tars can be decoded "
+        f"(download.resources.min_success_prob is {min_success_prob}): {named}. Bring whole tars, and run again"
+    )
 
 
 class TakeInWorker:
@@ -38,23 +61,18 @@ class TakeInWorker:
 
     def __call__(self, shard: str) -> ShardRecord:
         """Take in one shard and commit it."""
-        from pipeline.data.blank import num_blank
         from pipeline.data.shard_tables import split_counts
         from pipeline.data.tars import take_in
 
         start, rows = time.monotonic(), self._pairs.part(shard)
-        files = take_in(self._tars[shard].uri, rows, shard, self._output)
-        num_forgotten = num_blank(rows)
-        counts = {"in": rows.num_rows, "ok": rows.num_rows - num_forgotten}
-        causes = {CAUSE: num_forgotten} if num_forgotten else {}
-        counts |= {"failed_to_download": num_forgotten} if num_forgotten else {}
+        taken_in = take_in(self._tars[shard].uri, rows, shard, self._output)
         wall_s = round(time.monotonic() - start, 3)
         splits = split_counts(self._output.path(f"{shard}.parquet"))
         record = ShardRecord(
             shard=shard,
-            counts=counts,
-            files=files,
-            causes=causes,
+            counts=taken_in.counts,
+            files=taken_in.files,
+            causes=taken_in.causes,
             splits=splits,
             list_number=self._lists[shard],
             wall_s=wall_s,

@@ -235,10 +235,12 @@ class Rehearsal:
         start = time.perf_counter()
         take_in(tar, whole, _SHARD, self.artifact("download-of-a-tar"))
         seconds = fetched_s + time.perf_counter() - start
-        files = take_in(tar, few, _SHARD, output)
-        output.learn(files)
-        self.num_good = few.num_rows
-        self._commit(output, {"in": few.num_rows, "ok": few.num_rows}, list(files))
+        taken_in = take_in(tar, few, _SHARD, output)
+        output.learn(taken_in.files)
+        self.num_good = taken_in.counts["ok"]
+        if not self.num_good:
+            raise DataError(f"download: {tar}: no picture of its first {few.num_rows} samples can be decoded")
+        self._commit(output, taken_in.counts, list(taken_in.files))
         return RowUnits(row_s=seconds / max(1, whole.num_rows))
 
     def filter(self) -> RowUnits:

@@ -1,14 +1,18 @@
 """Shards that people have already: read as they are, checked by key and uid as our own."""
 
+import hashlib
 import io
 import json
 import re
 import tarfile
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from pipeline.data.make_pairs import write_pairs
 from pipeline.data.pairs import Pairs
@@ -25,9 +29,9 @@ from tests.data.conftest import make_picture
 Files = dict[str, bytes]
 
 
-def _write_tar(path: Path, files: Files) -> None:
+def _write_tar(path: Path, files: Files, layout: int = tarfile.GNU_FORMAT) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
+    with tarfile.open(path, "w", errors="surrogateescape", format=layout) as tar:
         for name, data in files.items():
             member = tarfile.TarInfo(name)
             member.size = len(data)
@@ -43,6 +47,11 @@ def _img2dataset(number: int, **fields: Any) -> Files:
         f"{key}.json": json.dumps(record).encode(),
         f"{key}.txt": str(record["caption"] or "").encode(),
     }
+
+
+def _url_of(picture: bytes) -> str:
+    """The URL of a sample without one."""
+    return f"sha256:{hashlib.sha256(picture).hexdigest()}"
 
 
 def _make(folder: Path, output: Path, **config: Any) -> tuple[Pairs, Artifact, dict[str, int]]:
@@ -80,18 +89,17 @@ def test_shards_of_img2dataset_are_taken_in_as_they_are(tmp_path: Path) -> None:
 
 def test_a_tar_without_json_has_its_texts_and_urls_of_its_own(tmp_path: Path) -> None:
     files = {
-        "a.b/cat.1.JPG": make_picture(0),
+        "a.b/cat.JPG": make_picture(0),
         "a.b/cat.txt": b"a cat",
         "dog.png": make_picture(1, kind="PNG"),
         "dog.txt": b"",
     }
-    files["a.b/cat.JPG"] = files.pop("a.b/cat.1.JPG")
     _write_tar(tmp_path / "in/x/y.tar", files)
     pairs, shards, _ = _make(tmp_path / "in", tmp_path / "out")
     rows = pairs.read(0, 2, ["url", "caption", "uid", "key"]).to_pylist()
-    assert [(row["url"], row["caption"]) for row in rows] == [
-        ("shard:00000/a.b/cat", "a cat"),
-        ("shard:00000/dog", ""),
+    assert [(row["url"], row["caption"], row["key"]) for row in rows] == [
+        (_url_of(files["a.b/cat.JPG"]), "a cat", "a.b/cat"),
+        (_url_of(files["dog.png"]), "", "dog"),
     ]
     pictures = StoredPictures(shards)
     assert pictures.read("00000", "a.b/cat", rows[0]["uid"]) == make_picture(0)
@@ -99,6 +107,37 @@ def test_a_tar_without_json_has_its_texts_and_urls_of_its_own(tmp_path: Path) ->
         pictures.read("00000", "a.b/cat", rows[1]["uid"])
     table = pq.read_table(shards.path("00000.parquet")).to_pylist()
     assert (table[0]["width"], table[0]["height"]) == (96, 64)
+
+
+def test_samples_without_a_url_keep_their_uids_wherever_their_tar_lies(tmp_path: Path) -> None:
+    one, other = ({f"{n}.jpg": make_picture(n), f"{n}.txt": b"text"} for n in (1, 2))
+    _write_tar(tmp_path / "in/b.tar", one)
+    _write_tar(tmp_path / "more/sub/a.tar", other)  # earlier by name, and the list's first
+    _write_tar(tmp_path / "more/sub/renamed.tar", one)
+    uids = [_make(tmp_path / name, tmp_path / f"out-{name}")[0].batches(["uid", "url"]) for name in ("in", "more")]
+    before, after = ({row["url"]: row["uid"] for table in tables for row in table.to_pylist()} for tables in uids)
+    assert list(before) == [_url_of(make_picture(1))]
+    assert after == before | {_url_of(make_picture(2)): make_uid(_url_of(make_picture(2)), "text")}
+
+
+@pytest.mark.parametrize(
+    ("files", "caption"),
+    [
+        ({"9.jpg": make_picture(9), "9.TXT": b"large letters"}, "large letters"),
+        ({"9.JPG": make_picture(9), "9.JSON": b'{"caption": "large letters"}'}, "large letters"),
+        ({"9.jpg": make_picture(9), "9.json": b"[[0, 1, 2, 3]]", "9.txt": b"with boxes"}, "with boxes"),
+        ({"9 .jpg": make_picture(9), "9 .txt": b"a key with a space"}, "a key with a space"),
+        ({"9.jpg": make_picture(9), "9.json": b'{"url": " \\u00a0http://a/9 \\n", "uid": [1]}'}, ""),
+    ],
+)
+def test_what_is_taken_in_can_be_read(files: Files, caption: str, tmp_path: Path) -> None:
+    _write_tar(tmp_path / "in/0.tar", files)
+    _, shards, counts = _make(tmp_path / "in", tmp_path / "out")
+    assert counts == {"in": 1, "ok": 1}
+    samples, pictures = good_samples(shards.path("00000.tar"), shards.path("00000.parquet"), "00000")
+    [row] = samples.to_pylist()
+    assert row["caption"] == caption
+    assert pictures.read(row["key"], row["uid"]) == make_picture(9)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +149,9 @@ def test_a_tar_without_json_has_its_texts_and_urls_of_its_own(tmp_path: Path) ->
         ({"9.jpg": b"", "9.json": b'{"caption": "\\ud83d"}'}, "key 9: .*surrogates not allowed"),
         ({"9.jpg": b"", "9.json": b'{"caption": "c", "w": "\\ud83d"}'}, "key 9: .*surrogates not allowed"),
         ({"9.jpg": b"", "9.json": b"[" * 100_000}, "key 9: nested too deeply"),
+        ({"9.jpg": b"", "9.cls": b"7"}, "key 9: no text: neither .txt nor a record in .json"),
+        ({"9.jpg": b"", "9.json": b"[1]"}, "key 9: no text: neither .txt nor a record in .json"),
+        ({"9\udce9.jpg": b"", "9\udce9.txt": b""}, r"key 9\\udce9: a name that is not UTF-8"),
     ],
 )
 def test_a_strange_sample_is_counted_and_the_others_are_read(files: Files, reason: str, tmp_path: Path) -> None:
@@ -121,6 +163,10 @@ def test_a_strange_sample_is_counted_and_the_others_are_read(files: Files, reaso
     [example] = summary.metrics["malformed_rows"]
     assert example.startswith(f"{tmp_path}/in/0.tar:")
     assert re.search(reason, example)
+    part, shards = Pairs(output).part("00000"), Artifact(str(tmp_path / "download"))
+    assert take_in(str(tmp_path / "in/0.tar"), part, "00000", shards).counts == {"in": 2, "ok": 2}
+    good, pictures = good_samples(shards.path("00000.tar"), shards.path("00000.parquet"), "00000")
+    assert [pictures.read(row["key"], row["uid"]) for row in good.to_pylist()] == [make_picture(1), make_picture(2)]
 
 
 def test_repeated_pairs_stay_in_the_tar_and_are_no_rows(tmp_path: Path) -> None:
@@ -158,3 +204,78 @@ def test_a_damaged_tar_of_a_person_is_theirs_to_mend(tmp_path: Path) -> None:
         good_samples(shards.path("00000.tar"), shards.path("00000.parquet"), "00000")
     with pytest.raises(DataError, match=r"truncated after .*; bring this file back from a copy, or leave it out"):
         _make(tmp_path / "in", tmp_path / "again")
+
+
+def test_a_name_that_is_not_utf_8_costs_its_sample_alone_in_every_kind_of_tar(tmp_path: Path) -> None:
+    strange = {"\udce9.jpg": b"", "\udce9.txt": b""}
+    for number, layout in enumerate((tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)):
+        long_name = {} if layout == tarfile.USTAR_FORMAT else {"x" * 200 + ".jpg": b"", "x" * 200 + ".txt": b"long"}
+        files = {**strange, **_img2dataset(number), **long_name}
+        _write_tar(tmp_path / f"in/{number}.tar", files, layout)
+    summary = write_pairs(
+        Source(PairsConfig(source="shards", path=str(tmp_path / "in"))), Artifact(str(tmp_path / "out"))
+    )
+    assert summary.counts == {"in": 8, "ok": 4, "duplicate": 1, "malformed": 3}
+    assert summary.metrics["malformed_rows"][0] == rf"{tmp_path}/in/0.tar:2: key \udce9: a name that is not UTF-8"
+
+
+@pytest.mark.parametrize(
+    ("picture", "cause"),
+    [
+        (b"no picture", "not a picture"),
+        (b"", "not a picture"),
+        (make_picture(5)[:-300], "image file is truncated"),  # its header is whole
+    ],
+)
+def test_a_damaged_picture_is_a_failed_row_that_no_later_step_reads(picture: bytes, cause: str, tmp_path: Path) -> None:
+    files = _img2dataset(1) | _img2dataset(5) | {"000000005.jpg": picture}
+    _write_tar(tmp_path / "in/0.tar", files)
+    listed, shards = Artifact(str(tmp_path / "pairs")), Artifact(str(tmp_path / "download"))
+    write_pairs(Source(PairsConfig(source="shards", path=str(tmp_path / "in"))), listed)
+    taken_in = take_in(str(tmp_path / "in/0.tar"), Pairs(listed).part("00000"), "00000", shards)
+    assert taken_in.counts == {"in": 2, "ok": 1, "failed_to_resize": 1}
+    assert taken_in.causes == {cause: 1}
+    stats = shards.read_json("00000_stats.json")
+    assert (stats["count"], stats["successes"], stats["failed_to_resize"]) == (2, 1, 1)
+    assert stats["status_dict"] == {"success": 1, cause: 1}
+    row = pq.read_table(shards.path("00000.parquet")).to_pylist()[1]
+    assert (row["key"], row["status"], row["error_message"]) == ("000000005", "failed_to_resize", cause)
+    assert row["width"] is row["sha256"] is row["picture_offset"] is None
+    samples, _ = good_samples(shards.path("00000.tar"), shards.path("00000.parquet"), "00000")
+    assert samples["key"].to_pylist() == ["000000001"]
+
+
+_ODD = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([2**31 - 1, 2**31, 5_000_000_000, -1])
+    | st.floats()
+    | st.text(st.characters(codec=None), max_size=8)
+    | st.sampled_from(["\ud83d", "a\0b", " x ", "x" * 131_073]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+_FIELDS = ("url", "caption", "text", "uid", "width", "height", "original_width", "original_height", "exif", "sha256")
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(record=st.dictionaries(st.sampled_from([*_FIELDS, "punsafe"]), _ODD, max_size=6) | _ODD)
+@example(record={"width": 5_000_000_000, "height": 1, "original_width": 5_000_000_000, "original_height": 1})
+@example(record={"width": True, "height": True, "original_width": True, "original_height": True})
+@example(record={"exif": "\ud83d", "sha256": "\udc00"})
+def test_no_json_of_a_sample_ends_the_take_in(record: Any, tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=tmp_path) as name:
+        folder = Path(name)
+        odd = {"9.jpg": make_picture(9), "9.json": json.dumps(record).encode(), "9.txt": b"text"}
+        _write_tar(folder / "in/0.tar", _img2dataset(1) | odd)
+        extra = ("punsafe", "source_uid")
+        pairs, shards, counts = _make(folder / "in", folder / "out", extra_columns=extra)
+        assert counts["in"] == 2 == counts["ok"] + counts.get("malformed", 0)
+        samples, pictures = good_samples(shards.path("00000.tar"), shards.path("00000.parquet"), "00000")
+        assert samples.num_rows == pairs.num_rows == counts["ok"]
+        for row in samples.to_pylist():
+            assert pictures.read(row["key"], row["uid"])
+        table = pq.read_table(shards.path("00000.parquet"))
+        assert {(row["width"], row["height"]) for row in table.to_pylist()} == {(96, 64)}
+        assert all(size >= 0 for size in table["original_width"].to_pylist())
