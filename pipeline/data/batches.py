@@ -31,6 +31,7 @@ from pipeline.data.token_states import PackedText, read_states
 from pipeline.data.training_rows import ShardReader, ShardTable
 from pipeline.errors import DataError
 from pipeline.pictures.frame import square
+from pipeline.pictures.read import PictureError
 
 TextEncoder = Callable[[Sequence[str]], TextEncoding]
 IMAGE_CACHE_BYTES = 512 << 20
@@ -316,7 +317,11 @@ class Samples:
         assert pictures is not None
         if images is not None and row in shard.cached_rows:
             return images[row]
-        image = square(pictures.decode(key, uid), self._image_px)
+        try:
+            image = square(pictures.decode(key, uid), self._image_px)
+        except PictureError as error:
+            # The download and the take-in of tars decode every good picture.
+            raise DataError(f"{error}: it could be decoded when it was stored; {pictures.repair_hint}") from None
         if images is not None:
             images[row] = image
             shard.cached_rows.add(row)

@@ -103,6 +103,11 @@ class ShardPictures:
         """
         return decode(self.read(key, uid), where=self.where(key, uid))
 
+    @property
+    def repair_hint(self) -> str:
+        """What to do if the tar is damaged."""
+        return repair_hint(self._tar.file)
+
     def _files(self, key: str) -> dict[str, tuple[int, int]]:
         if self._index is None and self._num_searches < _SEARCHES:
             self._num_searches += 1

@@ -81,7 +81,7 @@ def test_a_made_set_is_read_as_a_folder_of_captioned_pictures(
     assert '"noto": 2' in capsys.readouterr().out  # drawings that a set lacks are told
     source = Source(PairsConfig(source="folder", path=str(tmp_path / "pairs/train")))
     [piece] = source.pieces()
-    rows = [row for batch in source.read(piece, "00000", Reading()) for row in batch.to_pylist()]
+    rows = [row for batch in source.read(piece, Reading()) for row in batch.to_pylist()]
     captions = [row["caption"] for row in rows]
     assert {row["caption_source"] for row in rows} == {"metadata"}
     assert len(rows) == 4 * (7 - 1)

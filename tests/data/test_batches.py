@@ -13,6 +13,7 @@ from models.text import TextEncoding
 from pipeline.data import batches as module
 from pipeline.data.batches import CaptionTable, Samples, iterate_batches, plan_order
 from pipeline.data.order import Share
+from pipeline.data.tar_index import index_tar
 from pipeline.data.training_rows import ShardReader, ShardTable
 from pipeline.errors import DataError
 from tests.tiny.shards import write_download, write_embed
@@ -178,3 +179,19 @@ def test_caption_table_gives_what_the_tower_gives() -> None:
         assert torch.equal(encodings.hidden, expected.hidden)
         assert torch.equal(encodings.mask, expected.mask)
         assert torch.equal(encodings.pooled, expected.pooled)
+
+
+def test_a_picture_that_is_damaged_since_it_was_stored_is_named_with_what_to_do(tmp_path: Path) -> None:
+    download = write_download(tmp_path / "download")
+    samples = Samples(ShardReader(download, None, "train"), 16)
+    name = samples.reader.shards[0]
+    tar, table = download.path(f"{name}.tar"), samples.reader.table(name)
+    key = table.columns["key"][2].as_py()
+    offset, size = index_tar(tar)[key]["png"]
+    data = bytearray(tar.read_bytes())
+    data[offset : offset + size] = bytes(size)
+    tar.write_bytes(data)
+    samples.batch(np.array([[0, 1]]))
+    message = rf"key {key}: .*: not a picture .*: it could be decoded when it was stored; bring it back from a copy"
+    with pytest.raises(DataError, match=message):
+        samples.batch(np.array([[0, 2]]))

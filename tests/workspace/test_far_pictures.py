@@ -244,7 +244,7 @@ def test_pictures_of_shards_that_are_taken_in_are_read_at_their_places(
     bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     members = [
-        *((f"{'long/' * 30}{n:04d}.jpg", _picture("a", n)) for n in range(30)),
+        *((f"{'long/' * 30}{n:04d}.jpg", _decodable("a", n)) for n in range(30)),
         *((f"{'long/' * 30}{n:04d}.txt", f"caption {n}".encode()) for n in range(30)),
     ]
     (tmp_path / "in").mkdir()
@@ -258,7 +258,7 @@ def test_pictures_of_shards_that_are_taken_in_are_read_at_their_places(
     s3_server.counted()
     for row in part.to_pylist():
         number = int(row["caption"].split()[1])
-        assert pictures.read("00000", row["key"], row["uid"]) == _picture("a", number)
+        assert pictures.read("00000", row["key"], row["uid"]) == _decodable("a", number)
     assert _of(s3_server.counted(), ".tar") == {"HEAD": 2, "ranged GET": 30}
 
 

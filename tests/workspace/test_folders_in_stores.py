@@ -307,7 +307,7 @@ def test_a_folder_of_names_with_one_beginning_is_cut_between_them(
         rows = [
             tuple(row.values())
             for piece, reading in zip(pieces, readings, strict=True)
-            for table in source.read(piece, "00000", reading)
+            for table in source.read(piece, reading)
             for row in table.to_pylist()
         ]
         assert [(unquote(url).rpartition("/")[2], *rest) for url, *rest in rows] == whole
@@ -328,7 +328,7 @@ def test_a_part_of_a_folder_lists_little_of_the_rest(
         assert len(pieces) == 6
         for piece, most_lists in zip(pieces, most, strict=True):
             s3_server.counted()
-            rows = sum(table.num_rows for table in source.read(piece, "00000", Reading()))
+            rows = sum(table.num_rows for table in source.read(piece, Reading()))
             assert rows == 20
             assert sum(request.kind == "LIST" for request in s3_server.counted()) <= most_lists
 
