@@ -21,8 +21,11 @@ from pipeline.data.shards import StoredPictures, good_samples
 from pipeline.data.sources import Source, count_pairs
 from pipeline.data.tars import take_in
 from pipeline.errors import DataError
+from pipeline.forget.rewrite import rewrite
 from pipeline.recipe.pairs_sections import PairsConfig
 from pipeline.recipe.sections import SHARD_COLUMNS
+from pipeline.workspace.forgotten import Forgotten, Rewrite
+from pipeline.workspace.manifest import Manifest, ShardRecord
 from pipeline.workspace.store import Artifact
 from tests.data.conftest import make_picture
 
@@ -279,3 +282,19 @@ def test_no_json_of_a_sample_ends_the_take_in(record: Any, tmp_path: Path) -> No
         table = pq.read_table(shards.path("00000.parquet"))
         assert {(row["width"], row["height"]) for row in table.to_pylist()} == {(96, 64)}
         assert all(size >= 0 for size in table["original_width"].to_pylist())
+
+
+def test_forget_leaves_a_damaged_picture_what_it_is(tmp_path: Path) -> None:
+    files = {key: value for number in (1, 2, 5) for key, value in _img2dataset(number).items()}
+    _write_tar(tmp_path / "in/0.tar", files | {"000000005.jpg": b"no picture"})
+    listed, shards = Artifact(str(tmp_path / "pairs")), Artifact(str(tmp_path / "download"))
+    write_pairs(Source(PairsConfig(source="shards", path=str(tmp_path / "in"))), listed)
+    taken_in = take_in(str(tmp_path / "in/0.tar"), Pairs(listed).part("00000"), "00000", shards)
+    shards.commit_shard(ShardRecord(shard="00000", counts=taken_in.counts, files=taken_in.files))
+    shards.commit(Manifest(step="download", key="d", step_version=1, section={}, inputs={}))
+    forgotten = Forgotten("salt").add(["http://a/1.jpg"], 0.0, {}, ())
+    rewrite(shards, Rewrite("download", "d", ("00000",), "c"), forgotten, lambda: None, lambda _: None)
+    record = shards.shard_record("00000")
+    assert record.counts == {"in": 3, "ok": 1, "failed_to_download": 1, "failed_to_resize": 1}
+    assert record.causes == {"forgotten": 1, "not a picture": 1}
+    assert shards.read_json("00000_stats.json")["status_dict"] == {"success": 1, **record.causes}
