@@ -61,7 +61,7 @@ def sample(
     texts = list(prompts or [])
     if prompts_path:
         try:
-            lines = Path(prompts_path).read_text(encoding="utf-8").splitlines()
+            lines = Path(prompts_path).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--prompts {prompts_path}: cannot be read: {error}") from None
         texts += [line.strip() for line in lines if line.strip()]

@@ -24,6 +24,7 @@ from jobs.options import (
 from pipeline.errors import ConfigError
 from pipeline.recipe.plan import finished_artifacts, make_plan
 from pipeline.recipe.recipe import Recipe, load_recipe
+from pipeline.workspace.files import is_remote
 from pipeline.workspace.lock import locked_workspace
 from pipeline.workspace.store import Artifact, Workspace
 
@@ -38,7 +39,9 @@ File = Annotated[str, typer.Option("--file", help="File of uids and URLs, one a 
 
 def append(
     recipe: RecipePath,
-    more: Annotated[str, typer.Argument(metavar="MORE", help="Recipe whose embeddings are finished, or their folder.")],
+    more: Annotated[
+        str, typer.Argument(metavar="MORE", help="Recipe whose embeddings are finished, or their folder or URI.")
+    ],
     overrides: Overrides = None,
     address: RayAddress = "",
     json: AsJson = False,
@@ -51,7 +54,7 @@ def append(
     """
     resolved = load_recipe(recipe, overrides or [])
     with proposing(recipe_words(more, None)):
-        embed = Artifact(str(Path(more).resolve())) if Path(more).is_dir() else _embeddings_of(load_recipe(more, []))
+        embed, recipe_of_more = _more(more)
 
     from pipeline.runtime import index
     from pipeline.runtime.admission import require_room
@@ -62,7 +65,7 @@ def append(
     with locked_workspace(Workspace(resolved.workspace), print_warning) as lock, connect(address):
         if not address:
             require_room(resolved, ["index"])
-        _print_summary(index.append(resolved, step, embed, lock.check), json=json)
+        _print_summary(index.append(resolved, step, embed, lock.check, recipe_of_more), json=json)
     return _search_it(recipe, overrides)
 
 
@@ -165,6 +168,17 @@ def _names(uids: list[str] | None, urls: list[str] | None, file: str) -> list[st
 
 def _finished_index(recipe: Recipe) -> Artifact:
     return finished_artifacts(recipe, ("index",))["index"]
+
+
+def _more(more: str) -> tuple[Artifact, Recipe | None]:
+    """The embeddings that an argument names, and their recipe if it is one."""
+    if is_remote(more):
+        return Artifact(more.rstrip("/")), None
+    folder = Path(more.removeprefix("file://"))
+    if folder.is_dir():
+        return Artifact(str(folder.resolve())), None
+    recipe = load_recipe(more, [])
+    return _embeddings_of(recipe), recipe
 
 
 def _embeddings_of(recipe: Recipe) -> Artifact:

@@ -297,7 +297,7 @@ def parse_scene(data: dict[str, Any]) -> Scene:
 
 def _read_lines(path: str) -> list[str]:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"evaluate.prompts_path {path}: cannot be read: {error}") from None
     lines = [line.strip() for line in text.splitlines() if line.strip()]

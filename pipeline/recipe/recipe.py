@@ -369,7 +369,7 @@ def _read_tables(file: Path, extended_by: tuple[Path, ...] = ()) -> Json:
 
 def _read_file(file: Path) -> Json:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such recipe; see configs/ or write one with `unclip init`") from None
     except (OSError, UnicodeDecodeError) as error:

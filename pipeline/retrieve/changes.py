@@ -196,17 +196,28 @@ def find_ids(index: Artifact, version: Version, names: Sequence[str]) -> tuple[I
     return np.array(sorted(ids), np.int64), unknown
 
 
-def segment_of_more(build: SegmentBuild) -> SegmentBuild:
+def segment_of_more(
+    build: SegmentBuild, clip_of_index: Artifact | None = None, clip_of_more: Artifact | None = None
+) -> SegmentBuild:
     """The build of a segment of new rows behind those that an index has.
 
+    Args:
+        build: The build, of the new embeddings.
+        clip_of_index: The CLIP that the recipe of the index names, for an index of imported embeddings, which say none.
+        clip_of_more: The CLIP that the recipe of the new embeddings names, for imported ones; None: not known.
+
     Raises:
-        DataError: If its embeddings are not by the CLIP of the index.
+        DataError: If its embeddings are not by the CLIP of the index, or nothing says by which they are.
     """
     version = read_version(build.output)
     [new] = build.sources
-    old = open_rows(build.output, version.segments[0]).shards.sources[0]
-    if _clip_of(new) != _clip_of(old):
-        raise DataError(f"{new.uri}: embeddings of another CLIP than those of the index, {old.uri}")
+    shards = open_rows(build.output, version.segments[0]).shards
+    old = shards.sources[0]
+    _require_one_clip((new, _clip_of(new, clip_of_more)), (old, _clip_of(old, clip_of_index)))
+    if (width := EmbeddedShards.open([new]).embed_dim) != shards.embed_dim:
+        raise DataError(
+            f"{new.uri}: embeddings of width {width}; those of the index, {old.uri}, have {shards.embed_dim}"
+        )
     return replace(build, segment=_new_name(build.output), earlier=version.segments, deleted=version.deleted)
 
 
@@ -287,7 +298,7 @@ def read_names(path: str) -> list[str]:
         ConfigError: If the file cannot be read.
     """
     try:
-        with open(path, encoding="utf-8") as file:  # noqa: PTH123  (a string, as a user gives it)
+        with open(path, encoding="utf-8-sig") as file:  # noqa: PTH123  (a string, as a user gives it)
             return [line.strip() for line in file if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from None
@@ -325,17 +336,47 @@ def _new_name(index: Artifact) -> str:
     return f"segment_{1 + max(int(name[-5:]) for name in used):05d}"
 
 
-def _clip_of(embed: Artifact) -> list[str]:
-    """What tells the CLIP of embeddings from another: the checksums of its weights, else the key of its step."""
+def _clip_of(embed: Artifact, named: Artifact | None) -> Artifact:
+    """The CLIP that made some embeddings; of imported ones, the one that their recipe names."""
     manifest = embed.manifest()
-    if manifest is None or not manifest.inputs.keys() & {"clip", "embed"}:
+    if manifest is None or manifest.step not in {"embed", "filter_embeddings"}:
         raise DataError(f"{embed.uri}: not the finished embeddings of an embed step")
-    if "clip" not in manifest.inputs:  # embeddings that were filtered
-        return _clip_of(Artifact(f"{workspace_of(embed)}/embed/{manifest.inputs['embed']}"))
-    key = manifest.inputs["clip"]
-    clip = Artifact(f"{workspace_of(embed)}/clip/{key}").manifest()
-    files = clip.files.items() if clip else ()
-    return [info["sha256"] for name, info in files if name.endswith(".safetensors")] or [key]
+    if manifest.step == "filter_embeddings":
+        return _clip_of(Artifact(f"{workspace_of(embed)}/embed/{manifest.inputs['embed']}"), named)
+    if "clip" in manifest.inputs:
+        return Artifact(f"{workspace_of(embed)}/clip/{manifest.inputs['clip']}")
+    if named is None:
+        raise DataError(
+            f"{embed.uri}: embeddings that were imported, and their folder does not say by which CLIP they are; give "
+            "their recipe in place of the folder"
+        )
+    return named
+
+
+def _require_one_clip(new: tuple[Artifact, Artifact], old: tuple[Artifact, Artifact]) -> None:
+    """Refuse new embeddings that are not by the CLIP of the old ones; each is given with its CLIP.
+
+    The weights are compared, or the keys of the two steps where one of them has not run.
+    """
+    (embed, clip), (_, old_clip) = new, old
+    weights, old_weights = _weights_of(clip), _weights_of(old_clip)
+    than = f"than those of the index, {old[0].uri}"
+    if weights and old_weights:
+        if weights != old_weights:
+            raise DataError(f"{embed.uri}: embeddings of another CLIP {than}")
+    elif clip.key != old_clip.key:
+        missing = old_clip if weights else clip
+        raise DataError(
+            f"{embed.uri}: perhaps embeddings of another CLIP {than}: there are no weights in {missing.uri} to compare "
+            "with; first: unclip run RECIPE --until clip"
+        )
+
+
+def _weights_of(clip: Artifact) -> list[str]:
+    """The checksums of the weights of a finished CLIP step; empty if it is not finished."""
+    manifest = clip.manifest()
+    files = manifest.files.items() if manifest else ()
+    return [info["sha256"] for name, info in files if name.endswith(".safetensors")]
 
 
 def remove_earlier_versions(index: Artifact) -> None:

@@ -149,7 +149,7 @@ def read_embedding(path: str, embed_dim: int) -> Floats:
     """
     try:
         if path.endswith(".json"):
-            value: Any = json.loads(Path(path).read_text(encoding="utf-8"))
+            value: Any = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         else:
             value = np.load(path, allow_pickle=False)
         return to_direction(value, embed_dim)

@@ -11,7 +11,7 @@ from typing import cast
 
 from pipeline.data.selection import embeddings_of
 from pipeline.errors import StepError
-from pipeline.recipe.plan import Step
+from pipeline.recipe.plan import Step, artifact_of, make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.retrieve.build import BASE_SEGMENT, IndexSummary, SegmentBuild
 from pipeline.retrieve.changes import Check, publish_segment, segment_of_all, segment_of_more
@@ -38,7 +38,7 @@ def run_index(context: StepContext) -> StepResult:
     return StepResult(summary.counts, summary.metrics, summary.num_workers, summary.files)
 
 
-def append(recipe: Recipe, step: Step, embed: Artifact, check: Check) -> IndexSummary:
+def append(recipe: Recipe, step: Step, embed: Artifact, check: Check, more: Recipe | None = None) -> IndexSummary:
     """Add the rows of more embeddings to an index, as a new segment. Rows that it has already are not added again.
 
     Args:
@@ -46,13 +46,15 @@ def append(recipe: Recipe, step: Step, embed: Artifact, check: Check) -> IndexSu
         step: Its index step, finished.
         embed: Embeddings by the same CLIP.
         check: Called before the commit.
+        more: The recipe of the embeddings; imported ones need it, because it alone says by which CLIP they are.
 
     Raises:
         DataError: If the embeddings are of another CLIP, or damaged.
         StepError: See ``run_index``.
     """
     context = StepContext(recipe, step, Workspace(recipe.workspace).root)
-    return _change(context, segment_of_more(_segment_build(context, (embed,))), check, replaces=False)
+    clips = _clip_of(recipe), None if more is None else _clip_of(more)
+    return _change(context, segment_of_more(_segment_build(context, (embed,)), *clips), check, replaces=False)
 
 
 def compact(recipe: Recipe, step: Step, check: Check) -> IndexSummary:
@@ -78,6 +80,12 @@ class PartWorker:
         record = self._build.add_part(shard)
         self._build.output.commit_shard(record)
         return record
+
+
+def _clip_of(recipe: Recipe) -> Artifact:
+    """The CLIP that a recipe names, finished or not."""
+    [step] = [step for step in make_plan(recipe, until="clip") if step.name == "clip"]
+    return artifact_of(Workspace(recipe.workspace), step)
 
 
 def _segment_build(context: StepContext, sources: tuple[Artifact, ...]) -> SegmentBuild:

@@ -41,7 +41,7 @@ def test_drawn_prompts_come_with_their_scenes_and_a_partner_of_as_many_objects(t
 
 def test_prompts_of_a_file_are_drawn_in_its_order(tiny: Recipe, tmp_path: Path) -> None:
     inputs, path = evaluate_inputs(tiny), tmp_path / "prompts.txt"
-    path.write_text("a red circle\n\n  a blue star \n")
+    path.write_text("\ufeffa red circle\n\n  a blue star \n", encoding="utf-8")
     prompts = choose_prompts(str(path), inputs["pairs"], inputs["embed"], 10)
     assert [prompt.text for prompt in prompts.prompts] == ["a red circle", "a blue star"]
     assert (prompts.source, prompts.num_in_file) == ("file", 2)

@@ -145,6 +145,12 @@ def test_append_proposes_the_run_of_the_recipe_that_is_not_finished(tmp_path: Pa
     assert done.stderr == f"error: embed is not finished under this recipe; first: unclip run {more} --until embed\n"
 
 
+def test_append_takes_embeddings_in_a_store_by_their_uri(tmp_path: Path) -> None:
+    recipe = str(write_recipe(tmp_path, port=free_port()))
+    done = unclip_here("append", recipe, "memory://workspace/embed/0123456789abcdef")
+    assert done.stderr.startswith("error: index is not finished under this recipe; first: unclip run ")
+
+
 def test_run_with_no_cluster_at_the_address_is_one_message(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, port=free_port())
     done = _run("run", str(recipe), "--address", f"127.0.0.1:{free_port()}", "--set", "tracking.uri=off")

@@ -32,6 +32,12 @@ def test_load_recipe_layers_defaults_file_and_overrides(tmp_path: Path) -> None:
     assert recipe.decoder == Recipe().decoder
 
 
+def test_recipe_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    file = tmp_path / "r.toml"
+    file.write_bytes("\ufeffseed = 3\n".encode())
+    assert load_recipe(file).seed == 3
+
+
 def test_recipe_that_extends_another_names_only_what_it_changes(tmp_path: Path) -> None:
     (tmp_path / "base.toml").write_text('name = "base"\nseed = 3\n[prior.train]\nnum_steps = 10\nbatch_size = 8\n')
     (tmp_path / "more").mkdir()

@@ -18,12 +18,14 @@ from pipeline.retrieve.changes import (
     delete,
     delete_everywhere,
     publish_segment,
+    read_names,
     restore,
     restore_everywhere,
     segment_of_all,
     segment_of_more,
 )
 from pipeline.retrieve.embedded import EmbeddedShards
+from pipeline.retrieve.queries import read_embedding
 from pipeline.retrieve.takedown import Takedown
 from pipeline.retrieve.versions import Version, read_version
 from pipeline.workspace import stored_files
@@ -405,6 +407,67 @@ def test_embeddings_of_another_clip_are_refused(index: Any) -> None:
     output, workspace, vectors = index
     with pytest.raises(DataError, match="of another CLIP"):
         _append(output, _embed(workspace, "other", vectors[24:], clip="d", first=24))
+
+
+def _imported(workspace: Workspace, name: str, vectors: NDArray[np.float32], *, first: int = 0) -> Artifact:
+    artifact = workspace.artifact("embed", name)
+    make_embeddings(artifact, vectors, vectors, rows_per_shard=_PART, first=first)
+    section = {"import_from": "", "import_content": name}
+    artifact.commit(Manifest(step="embed", key=name, step_version=1, section=section, inputs={}))
+    return artifact
+
+
+def _clip(workspace: Workspace, key: str, sha256: str = "") -> Artifact:
+    """A CLIP step, finished if there is a checksum of its weights."""
+    clip = workspace.artifact("clip", key)
+    if sha256:
+        files = {"open_clip_model.safetensors": {"bytes": 1, "sha256": sha256}}
+        clip.commit(Manifest(step="clip", key=key, step_version=1, section={}, inputs={}, files=files))
+    return clip
+
+
+def test_imported_embeddings_are_appended_if_their_recipe_names_the_same_clip(tmp_path: Path) -> None:
+    workspace, vectors = Workspace(str(tmp_path)), unit(np.random.default_rng(0).normal(size=(48, _DIM)))
+    output = workspace.artifact("index", "i")
+    build_index(_imported(workspace, "first", vectors[:24]), output, _CONFIG, seed=0)
+    output.commit(Manifest(step="index", key="i", step_version=1, section={}, inputs={"embed": "first"}))
+    more, own = _imported(workspace, "more", vectors[24:], first=24), _clip(workspace, "c", "a" * 64)
+
+    def check(embed: Artifact, clip_of_more: Artifact | None, clip_of_index: Artifact | None = own) -> SegmentBuild:
+        return segment_of_more(SegmentBuild((embed,), output, _CONFIG, 0), clip_of_index, clip_of_more)
+
+    with pytest.raises(DataError, match=r"more: embeddings that were imported, .* give their recipe"):
+        check(more, None)
+    with pytest.raises(DataError, match=r"more: perhaps embeddings of another CLIP .*/clip/d to compare with; first:"):
+        check(more, _clip(workspace, "d"))
+    with pytest.raises(DataError, match="more: embeddings of another CLIP"):
+        check(more, _clip(workspace, "e", "b" * 64))
+    with pytest.raises(DataError, match="index/i: not the finished embeddings of an embed step"):
+        check(output, own)
+    narrow = _imported(workspace, "narrow", vectors[:, :4])
+    with pytest.raises(DataError, match=r"narrow: embeddings of width 4; those of the index, .*, have 8"):
+        check(narrow, own)
+    computed = _embed(workspace, "computed", vectors[24:], clip="c", first=24)
+    assert check(computed, None).segment == "segment_00001"
+    for same in (own, _clip(workspace, "f", "a" * 64)):
+        assert check(more, same).segment == "segment_00001"
+    filtered = workspace.artifact("filter_embeddings", "filtered")
+    make_embeddings(filtered, vectors[24:], vectors[24:], rows_per_shard=_PART, first=24)
+    filtered.commit(
+        Manifest(step="filter_embeddings", key="filtered", step_version=1, section={}, inputs={"embed": "more"})
+    )
+    build = check(filtered, own)
+    publish_segment(build, _build(build), replaces=False)
+    assert NeighbourIndex.open(output).num_rows == 48
+
+
+def test_names_of_a_file_that_begins_with_a_byte_order_mark_are_all_read(tmp_path: Path) -> None:
+    names = tmp_path / "takedown.txt"
+    names.write_bytes("\ufeffhttp://a/1\n\nhttp://a/2\n".encode())
+    assert read_names(str(names)) == ["http://a/1", "http://a/2"]
+    vector = tmp_path / "vector.json"
+    vector.write_bytes("\ufeff[3, 4]".encode())
+    np.testing.assert_allclose(read_embedding(str(vector), 2), [0.6, 0.8], rtol=1e-6)
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
