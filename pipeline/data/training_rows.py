@@ -167,6 +167,34 @@ class ShardReader:
         return table if self._selection is None else self._selection.of(table, shard)
 
 
+def require_rows_of(download: Artifact, imported: Artifact, *, where: str) -> None:
+    """Refuse imported embeddings of other rows than those of a download whose pictures a training reads beside them.
+
+    The first shard that has rows is compared.
+
+    Args:
+        download: The pictures.
+        imported: The embeddings, or those of them that a filter left.
+        where: Name of the training, for the message.
+
+    Raises:
+        DataError: Names the first row that has no picture.
+    """
+    shard = next((name for name, record in imported.shard_records().items() if record.counts["ok"]), None)
+    if shard is None:
+        return
+    file = f"{shard}.parquet"
+    uids = read_table(imported.ranged(file), ["uid"])["uid"]
+    known = read_table(download.ranged(file), ["uid"])["uid"] if download.exists(file) else uids[:0]
+    missing = uids.filter(pc.invert(pc.is_in(uids, value_set=known.combine_chunks())))
+    if len(missing):
+        raise DataError(
+            f"{where}: {imported.uri}: shard {shard}: uid {missing[0]} is no row of the download, whose pictures this "
+            "training reads: the embeddings of embed.import_from are of other pairs. Train it by a recipe without "
+            "import_from"
+        )
+
+
 def _by_key(table: pa.Table) -> pa.Table:
     """The rows in order of key, in which our own files have them."""
     keys = table["key"]

@@ -113,10 +113,16 @@ def make_plan(recipe: Recipe, *, until: str = "") -> list[Step]:
             tables["list_weights"] = list(recipe.pairs.weights)
         tables |= _local_inputs(row, section) | {name: value for name in row.reads if (value := fields[name])}
         tables = tables | sampling_tables(recipe) if row.samples else _without_sampling(tables)
-        inputs = {name: steps[name].key for name in row.inputs if name in steps and section.reads_inputs}
+        inputs = {name: steps[name].key for name in _inputs_of(row, steps)} if section.reads_inputs else {}
         steps[row.name] = Step(row.name, row.version, tables, inputs)
         _require_whole(recipe, section, steps[row.name])
     return steps_until(list(steps.values()), until)
+
+
+def _inputs_of(row: StepRow, steps: Mapping[str, Step]) -> list[str]:
+    """The inputs of a step among the steps before it."""
+    is_imported = "embed" in steps and not steps["embed"].inputs
+    return [name for name in row.inputs if name in steps and not (is_imported and name in row.inputs_of_own_rows)]
 
 
 def recipe_key(recipe: Recipe) -> str:

@@ -280,7 +280,7 @@ class FilterEmbeddingsConfig(StepSection):
     same_caption_only: bool = False
     """Only rows with the same caption are semantic duplicates, so that a picture keeps all its captions."""
     num_examples: NonNegativeInt = 6
-    """Rows of each reason that the report shows."""
+    """Rows of each reason that the report shows; those of imported embeddings without their pictures."""
     resources: TaskResources = TaskResources(num_workers=1)
     """Workers of this step."""
 

@@ -19,6 +19,8 @@ class StepRow:
     """Version of its code; raised whenever the same recipe would give other bytes. It is part of the key."""
     inputs: tuple[str, ...] = ()
     """Steps whose artifacts it reads; a step that the recipe does not have is no input."""
+    inputs_of_own_rows: tuple[str, ...] = ()
+    """Inputs that it reads only where the embeddings were made from the download: imported ones are of other rows."""
     runner: str
     """``module:function`` that runs it; the function takes a StepContext and returns a StepResult."""
     role: str = "embed"
@@ -97,6 +99,7 @@ _BEFORE_EVALUATE = (
         name="filter_embeddings",
         title="Filter by embeddings",
         inputs=("download", "embed"),
+        inputs_of_own_rows=("download",),
         runner="pipeline.runtime.filter_embeddings:run_filter_embeddings",
         files={"aesthetic_weights": "aesthetic_content", "nsfw_weights": "nsfw_content"},
     ),

@@ -120,7 +120,11 @@ class Passes:
             raise StepError(f"{name}: no row stays: {describe(counts)}; loosen [{name}] and run again")
         progress = Progress(self._context.output)
         progress.update(self._num_rows, self._num_rows, "rows", describe(counts), force=True)
-        write_examples(self._context.output, self._context.inputs["download"], records, self._section.num_examples)
+        inputs, num_examples = self._context.inputs, self._section.num_examples
+        if "download" in inputs:
+            write_examples(self._context.output, inputs["download"], records, num_examples)
+        else:  # imported embeddings, whose pictures are not here
+            write_examples(self._context.output, inputs["embed"], records, num_examples, with_pictures=False)
         return StepResult(counts=counts, num_workers=self._section.resources.num_workers)
 
 
@@ -158,7 +162,6 @@ class PassWorker:
     def __init__(self, context: StepContext) -> None:
         self.context = context
         self.output = context.output
-        self.download = context.inputs["download"]
 
     def part(self, folder: str) -> Artifact:
         """The folder of one pass."""
@@ -184,12 +187,13 @@ class MeasureWorker(PassWorker):
         from pipeline.filter.rules import RowRules
 
         self._rules = RowRules(_section(context))
+        self._download = context.inputs["download"]
 
     def __call__(self, shard: str) -> ShardRecord:
         """Measure one shard of the download."""
         start, output = time.monotonic(), self.part(MEASURES)
-        parquet = self.download.path(f"{shard}.parquet")
-        table = self._rules(lambda: self.download.path(f"{shard}.tar"), parquet, shard)
+        parquet = self._download.path(f"{shard}.parquet")
+        table = self._rules(lambda: self._download.path(f"{shard}.tar"), parquet, shard)
         with output.write(f"{shard}.arrow") as path:
             write_table(table, path)
         return commit_shard(output, shard, count_reasons(table["reason"].to_pylist()), [], start)

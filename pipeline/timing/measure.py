@@ -68,7 +68,9 @@ def _steps_of(recipe: Recipe, todo: Collection[str], finished: Collection[str]) 
         names -= {name for name in recipe.trained() if {"download", "embed"} <= {*STEP_ROWS[name].inputs}}
     for name in reversed(STEP_ROWS):
         if name in names and getattr(recipe, name).reads_inputs:
-            names |= {one for one in STEP_ROWS[name].inputs if getattr(recipe, one) is not None} - networks
+            row = STEP_ROWS[name]
+            inputs = {*row.inputs} - ({*row.inputs_of_own_rows} if recipe.embed.import_from else set())
+            names |= {one for one in inputs if getattr(recipe, one) is not None} - networks
     return [name for name in STEP_ROWS if name in names]
 
 

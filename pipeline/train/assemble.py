@@ -17,7 +17,7 @@ from models.text import NullText, TextEncoding
 from pipeline.data.batches import CaptionTable, Samples, TextEncoder
 from pipeline.data.selection import embeddings_of, selection_of
 from pipeline.data.token_states import EmptyCaption
-from pipeline.data.training_rows import ShardReader
+from pipeline.data.training_rows import ShardReader, require_rows_of
 from pipeline.errors import DataError
 from pipeline.networks.clip import draw_as_loading, load_clip_artifact, load_text_artifact
 from pipeline.networks.files import copy_weights, create_network, load_initial, load_network, save_network
@@ -237,6 +237,9 @@ def samples_of(job: TrainJob, split: str) -> Samples:
     download = job.inputs["download"] if kind.pictures else None
     embed = embeddings_of(job.inputs) if kind.embeddings else None
     states = job.inputs["embed"] if job.reads_states else None
+    imported = job.inputs.get("filter_embeddings") or job.inputs.get("embed")
+    if download is not None and imported is not None and job.recipe.embed.import_from:
+        require_rows_of(download, imported, where=job.name)
     reader = ShardReader(download, embed, split, None if kind.embeddings else selection_of(job.inputs), states)
     config = job.section.train
     return Samples(

@@ -9,11 +9,12 @@ import pytest
 
 from pipeline.data.batches import Samples
 from pipeline.data.shard_tables import split_counts
-from pipeline.data.training_rows import ShardReader
+from pipeline.data.training_rows import ShardReader, require_rows_of
 from pipeline.data.vectors import StoredColumn, read_vectors, to_unit, training_batches
 from pipeline.errors import DataError
 from pipeline.shapes.draw import draw_array
 from pipeline.shapes.scene import training_scene
+from pipeline.workspace.store import Artifact
 from tests.tiny.shards import EMBED_DIM, write_download, write_embed
 
 
@@ -41,6 +42,14 @@ def test_rows_are_in_order_of_key_whatever_their_order_in_the_file(tmp_path: Pat
     table = ShardReader(download, embed, "train").table("00000")
     assert table.columns == calm.columns
     assert np.array_equal(table.z_image(rows), vectors)
+
+
+def test_imported_embeddings_of_other_rows_than_the_pictures_are_named(tmp_path: Path) -> None:
+    download, other = write_download(tmp_path / "download"), write_download(tmp_path / "other", num_rows=16)
+    require_rows_of(download, write_embed(tmp_path / "embed", download), where="decoder")
+    for known in (download, Artifact(str(tmp_path / "nothing"))):
+        with pytest.raises(DataError, match=r"decoder: .*: shard 00000: uid \w{32} is no row of the download, whose"):
+            require_rows_of(known, write_embed(tmp_path / "imported", other), where="decoder")
 
 
 def test_pictures_are_read_by_key(tmp_path: Path) -> None:

@@ -9,20 +9,24 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.data.npy_folder import export_embeddings, find_parts
 from pipeline.data.rows import make_uid
 from pipeline.data.selection import embeddings_of, selection_of
 from pipeline.data.training_rows import ShardReader
 from pipeline.data.vectors import read_vectors
 from pipeline.errors import ConfigError, StepError
 from pipeline.evaluate.prompts import choose_rows
+from pipeline.recipe.plan import make_plan
 from pipeline.recipe.sections import FILTER_COLUMNS
 from pipeline.retrieve.embedded import EmbeddedShards
 from pipeline.runtime import filter as filters
 from pipeline.runtime.context import StepContext
+from pipeline.runtime.data import EmbeddingsImporter
 from pipeline.runtime.filter import MeasureWorker, run_filter
 from pipeline.runtime.filter_embeddings import run_filter_embeddings
 from pipeline.runtime.pool import ShardJob
 from pipeline.workspace.manifest import ShardRecord
+from pipeline.workspace.store import Artifact
 from tests.filter.planted import (
     Planted,
     caption_of,
@@ -371,3 +375,26 @@ def test_a_head_leaves_out_rows_by_its_score(tmp_path: Path, limit: dict[str, fl
     assert result.counts == {"in": 40, "ok": int((~bad).sum()), f"{kind}_head": int(bad.sum())}
     staying = {uid for uid, label in labels_of(context.output).items() if not label["reason"]}
     assert staying == {make_uid(f"http://a/{i}", f"caption {i}") for i in np.flatnonzero(~bad)}
+
+
+def test_imported_embeddings_are_filtered_without_a_download(tmp_path: Path) -> None:
+    embeddings, folder = Artifact(str(tmp_path / "made")), tmp_path / "folder"
+    angles = np.linspace(0, 3, 24)
+    z_image = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    make_embeddings(embeddings, z_image, np.tile(z_image[:1], (24, 1)), 12)
+    export_embeddings(embeddings, folder)
+    rules = {"min_clip_score": 0.5, "num_examples": 2}
+    recipe = tiny_recipe(tmp_path, filter_embeddings=rules, embed={"import_from": str(folder)})
+    steps = {step.name: step for step in make_plan(recipe)}
+    assert [*steps["filter_embeddings"].inputs] == ["embed"]
+    assert {step.name for step in make_plan(recipe, until="index")} == {"embed", "filter_embeddings", "index"}
+    worker = EmbeddingsImporter(make_context(tmp_path, "embed", recipe))
+    for part in find_parts(folder):
+        worker(part.name)
+    context = make_context(tmp_path, "filter_embeddings", recipe)
+    result = run_filter_embeddings(context)
+    num_good = int((z_image[:, 0] >= 0.5).sum())
+    assert result.counts == {"in": 24, "ok": num_good, "clip_score": 24 - num_good}
+    [one, other] = context.output.read_json("examples.json")["examples"]["clip_score"]
+    assert one["caption"] == f"caption {num_good}"
+    assert one["pictures"] == other["pictures"] == []

@@ -157,11 +157,13 @@ def test_imported_embeddings_are_measured_as_they_are(tmp_path: Path, monkeypatc
     vectors = to_unit(np.random.default_rng(0).standard_normal((320, 16)).astype(np.float16))
     make_embeddings(embed, vectors, vectors, 300)
     export_embeddings(embed, folder)
-    recipe = _recipe(tmp_path / "w", embed={"import_from": str(folder)}, pairs={"source": "list", "path": "/no/where"})
+    sections: dict[str, Any] = {"embed": {"import_from": str(folder)}, "filter_embeddings": {"min_clip_score": 0.5}}
+    recipe = _recipe(tmp_path / "w", **sections, pairs={"source": "list", "path": "/no/where"})
     # The decoder would read pictures of these rows, of which the rehearsal has none; so it is not timed.
-    units = measure(recipe, {}, only=["embed", "index", "decoder", "evaluate"])
+    steps = {"embed", "filter_embeddings", "index"}
+    units = measure(recipe, {}, only=[*steps, "decoder", "evaluate"])
     assert units.evaluation is None
-    assert (set(units.rows), units.trainings, units.num_rows, units.num_imported) == ({"embed", "index"}, {}, 0, 320)
+    assert (set(units.rows), units.trainings, units.num_rows, units.num_imported) == (steps, {}, 0, 320)
     assert units.rows["embed"].row_s > 0
     times = step_times(recipe, units)
     assert times["index"].shared_s == pytest.approx(320 * units.rows["index"].row_s)
