@@ -18,13 +18,13 @@ from pipeline.networks.clip import load_clip_artifact
 from pipeline.networks.files import load_network
 from pipeline.recipe.recipe import Recipe, parse_recipe, to_dict
 from pipeline.runtime.tracking.records import begun_at
-from pipeline.train.assemble import TrainJob, assemble
+from pipeline.train.assemble import TrainJob, assemble, samples_of
 from pipeline.train.job import MetricsLog, run_job
 from pipeline.train.resume import checkpoint_name, checkpoint_steps
 from pipeline.workspace.progress import METRICS
 from pipeline.workspace.store import Artifact
 from tests.models.tiny_models import with_stages
-from tests.tiny.shards import EMBED_DIM
+from tests.tiny.shards import EMBED_DIM, write_download, write_embed
 from tests.tiny.storage import fail_calls
 from tests.tiny.training import no_watch, tiny_inputs, tiny_job, training_recipe
 
@@ -419,3 +419,13 @@ def test_load_network_names_a_damaged_file_and_storage_that_fails(
     output.remove("config.json")
     with pytest.raises(DataError, match=r"no file config\.json"):
         load_network(output)
+
+
+def test_a_training_of_pictures_refuses_imported_embeddings_of_other_rows(tmp_path: Path) -> None:
+    other = write_embed(tmp_path / "imported", write_download(tmp_path / "other", num_rows=16))
+    inputs = {"download": write_download(tmp_path / "download"), "embed": other}
+    recipe = training_recipe()
+    recipe = dataclasses.replace(recipe, embed=dataclasses.replace(recipe.embed, import_from="folder"))
+    with pytest.raises(DataError, match=r"decoder: .* is no row of the download, whose pictures"):
+        samples_of(tiny_job("decoder", inputs, tmp_path / "out", recipe), "train")
+    assert samples_of(tiny_job("prior", inputs, tmp_path / "out", recipe), "train").num_rows  # it reads no pictures
