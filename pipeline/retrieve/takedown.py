@@ -39,7 +39,7 @@ class Takedown:
         root, forgotten = Artifact(workspace), Forgotten.read(workspace)
         if not root.exists(TAKEDOWN):
             return cls((), forgotten)
-        lines = root.path(TAKEDOWN).read_bytes().decode().split("\n")  # a URL may have any other line break
+        lines = root.path(TAKEDOWN).read_bytes().decode("utf-8-sig").split("\n")  # a URL may have any other line break
         return cls(tuple(filter(None, lines)), forgotten)
 
     def write(self, workspace: str) -> None:

@@ -465,6 +465,7 @@ def test_names_of_a_file_that_begins_with_a_byte_order_mark_are_all_read(tmp_pat
     names = tmp_path / "takedown.txt"
     names.write_bytes("\ufeffhttp://a/1\n\nhttp://a/2\n".encode())
     assert read_names(str(names)) == ["http://a/1", "http://a/2"]
+    assert Takedown.read(str(tmp_path)).names == ("http://a/1", "http://a/2")
     vector = tmp_path / "vector.json"
     vector.write_bytes("\ufeff[3, 4]".encode())
     np.testing.assert_allclose(read_embedding(str(vector), 2), [0.6, 0.8], rtol=1e-6)
