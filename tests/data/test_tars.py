@@ -298,3 +298,9 @@ def test_forget_leaves_a_damaged_picture_what_it_is(tmp_path: Path) -> None:
     assert record.counts == {"in": 3, "ok": 1, "failed_to_download": 1, "failed_to_resize": 1}
     assert record.causes == {"forgotten": 1, "not a picture": 1}
     assert shards.read_json("00000_stats.json")["status_dict"] == {"success": 1, **record.causes}
+
+
+def test_the_key_of_the_pairs_says_how_tars_are_read_and_not_where_they_lie() -> None:
+    shards, listed = PairsConfig(source="shards", path="a"), PairsConfig(source="list", path="a")
+    assert shards.path_in_key("a") == shards.path_in_key("b") == "by content, decoded"
+    assert listed.path_in_key("a") == ""
