@@ -107,7 +107,7 @@ def _read(source: Source) -> tuple[Reading, Counter[str], tuple[str, ...], bool]
     """Read the first rows: what was left out, numbers of rows, the first captions, and whether that was all."""
     reading, notes, first = Reading(), Counter[str](), list[str]()
     for piece in source.pieces():
-        for table in source.read(piece, "00000", reading):
+        for table in source.read(piece, reading):
             notes["rows"] += table.num_rows
             captions = pc.utf8_trim_whitespace(table.column("caption").fill_null(""))
             first += captions.slice(0, MOST_CAPTIONS - len(first)).to_pylist()

@@ -263,7 +263,7 @@ def test_a_large_folder_is_cut_into_parts_whose_pairs_are_those_of_the_whole(
         rows, readings = list[tuple[str, str, str]](), [Reading() for _ in pieces]
         for piece, one in zip(pieces, readings, strict=True):
             again = [Span(**span) for span in json.loads(json.dumps([asdict(span) for span in piece]))]
-            for table in source.read(again, "00000", one):
+            for table in source.read(again, one):
                 names = [unquote(url).rpartition("my pictures/")[2] for url in table.column("url").to_pylist()]
                 rows += zip(
                     names, table.column("caption").to_pylist(), table.column("caption_source").to_pylist(), strict=True
