@@ -96,7 +96,7 @@ class SegmentBuild:
             DataError: If there are no embeddings, or a shard is damaged.
         """
         inputs = [*(source.uri for source in self.sources), *self.earlier, self.deleted, self.takedown().digest]
-        embedded, rng = EmbeddedShards.open(self.sources), np.random.default_rng(self.seed)
+        embedded, rng = EmbeddedShards.open(self.sources, with_contents=True), np.random.default_rng(self.seed)
         origin = {"inputs": inputs, "embedded": embedded.to_json(workspace_of(self.output))}
         plan = self._live("plan.json")
         if (self.output.find_json(plan) or {}).items() >= origin.items():

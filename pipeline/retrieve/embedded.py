@@ -12,6 +12,7 @@ from pipeline.data.mends import repair_hint
 from pipeline.data.shard_tables import read_schema, read_table
 from pipeline.data.vectors import Vectors, read_vectors
 from pipeline.errors import DataError
+from pipeline.workspace.manifest import content_of
 from pipeline.workspace.store import Artifact
 
 Ids = NDArray[np.int64]
@@ -30,6 +31,9 @@ class EmbeddedShards:
     """First row number of each shard, and N as the last entry."""
     embed_dim: int
     """Width D of a vector."""
+    contents: tuple[str, ...] = ()
+    """``content_now`` of each source when the shards were counted; empty if nobody asked, or if an earlier release wrote
+    the segment."""
 
     @property
     def num_rows(self) -> int:
@@ -37,13 +41,18 @@ class EmbeddedShards:
         return int(self.starts[-1])
 
     @classmethod
-    def open(cls, sources: Sequence[Artifact]) -> "EmbeddedShards":
+    def open(cls, sources: Sequence[Artifact], *, with_contents: bool = False) -> "EmbeddedShards":
         """Read the row counts of every committed shard.
+
+        Args:
+            sources: Artifacts of embed steps.
+            with_contents: Whether ``contents`` is filled, for which the manifest of each source is read.
 
         Raises:
             DataError: If there are no rows, or the widths of two sources differ.
         """
         shards, sizes = list[tuple[int, str]](), list[int]()
+        contents = tuple(map(content_now, sources)) if with_contents else ()
         widths: dict[str, int] = {}
         for number, source in enumerate(sources):
             records = source.shard_records()
@@ -57,7 +66,7 @@ class EmbeddedShards:
         if len(set(widths.values())) > 1:
             raise DataError(f"index: embeddings of different widths: {widths}; all must be of one CLIP")
         starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        return cls(tuple(sources), tuple(shards), starts, next(iter(widths.values())))
+        return cls(tuple(sources), tuple(shards), starts, next(iter(widths.values())), contents)
 
     def read(self, shard: int, path: Path | None = None) -> Vectors:
         """The rows of one shard, by its number.
@@ -129,7 +138,7 @@ class EmbeddedShards:
         sources = [source.uri.removeprefix(f"{root}/") for source in self.sources]
         sizes = np.diff(self.starts).tolist()
         shards = [[source, name, size] for (source, name), size in zip(self.shards, sizes, strict=True)]
-        return {"sources": sources, "shards": shards, "embed_dim": self.embed_dim}
+        return {"sources": sources, "contents": [*self.contents], "shards": shards, "embed_dim": self.embed_dim}
 
     @classmethod
     def from_json(cls, data: dict[str, Any], root: str) -> "EmbeddedShards":
@@ -137,4 +146,15 @@ class EmbeddedShards:
         sources = [name if name.startswith("/") or "://" in name else f"{root}/{name}" for name in data["sources"]]
         starts = np.concatenate([[0], np.cumsum([size for _, _, size in data["shards"]])]).astype(np.int64)
         shards = tuple((int(source), str(name)) for source, name, _ in data["shards"])
-        return cls(tuple(Artifact(uri) for uri in sources), shards, starts, int(data["embed_dim"]))
+        contents = tuple(data.get("contents", ()))
+        return cls(tuple(Artifact(uri) for uri in sources), shards, starts, int(data["embed_dim"]), contents)
+
+
+def content_now(source: Artifact) -> str:
+    """``content_of`` some embeddings as they are now; empty if they are not finished.
+
+    Raises:
+        DataError: If their manifest cannot be read.
+    """
+    manifest = source.manifest()
+    return "" if manifest is None else content_of(manifest)

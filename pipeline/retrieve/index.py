@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from pipeline.data.rows import require_columns
 from pipeline.errors import DataError, StepError
-from pipeline.retrieve.embedded import Floats, Ids
+from pipeline.retrieve.embedded import Floats, Ids, content_now
 from pipeline.retrieve.segment import Modality, Segment, workspace_of
 from pipeline.retrieve.versions import Version, descriptions_of, read_version
 from pipeline.workspace.forgotten import require_whole_index
@@ -65,7 +65,8 @@ class NeighbourIndex:
 
         Raises:
             DataError: If a file is missing or damaged, or the numbers of rows of two files differ.
-            StepError: If rows of its embeddings are being forgotten at this moment, or the version is gone.
+            StepError: If rows of its embeddings are being forgotten at this moment, if the embeddings have other content
+                than when its rows were taken from them, or if the version is gone.
         """
         require_whole_index(workspace_of(index), index.key)
         version = read_version(index, version_number)
@@ -83,6 +84,7 @@ class NeighbourIndex:
             raise StepError(
                 f"{index.uri}: version {version.number} is gone: the index has version {newest.number} by now"
             ) from None
+        _require_same_embeddings(index, segments)
         for segment in segments:
             require_columns(
                 segment.rows.column_names, list(ROW_COLUMNS), where=f"{index.uri}/{segment.name}/rows.arrow"
@@ -228,6 +230,39 @@ class NeighbourIndex:
         if len(missing):
             raise ValueError(f"no row {ids[missing[0]]}: the index has {self.num_rows} rows, and none of this id")
         return located
+
+
+def _require_same_embeddings(index: Artifact, segments: Sequence[Segment]) -> None:
+    """Refuse an index whose embeddings were made anew since: it would read other vectors at the places of its rows.
+
+    Raises:
+        StepError: If they were, or are being made anew; says what to run.
+    """
+    now = dict[str, str]()
+    for segment in segments:
+        shards = segment.rows.shards
+        if not shards.contents:
+            raise StepError(
+                f"{index.uri}/{segment.name}: an earlier release built it, and did not note the content of its "
+                "embeddings; put it together anew: unclip compact RECIPE"
+            )
+        for source, content in zip(shards.sources, shards.contents, strict=True):
+            if source.uri not in now:
+                now[source.uri] = content_now(source)
+            if now[source.uri] != content:
+                raise StepError(_other_content(index, source, is_there=bool(now[source.uri])))
+
+
+def _other_content(index: Artifact, source: Artifact, *, is_there: bool) -> str:
+    """What to do about an index whose rows come from other content of some embeddings."""
+    facts = f"{index.uri}: rows of it come from {source.uri}"
+    if not is_there:
+        return f"{facts}, which is not finished or is gone; run the recipe of these embeddings first: unclip run RECIPE"
+    manifest = index.manifest()
+    own = {f"{workspace_of(index)}/{step}/{key}" for step, key in (manifest.inputs if manifest else {}).items()}
+    if source.uri in own:
+        return f"{facts}, which was made anew since; build the index anew, too: unclip run RECIPE"
+    return f"{facts}, which was appended, and made anew since; put the index together anew: unclip compact RECIPE"
 
 
 def _is_gone(index: Artifact, version: Version) -> bool:

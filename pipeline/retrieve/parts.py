@@ -15,7 +15,7 @@ from pipeline.data.rows import row_id
 from pipeline.data.vectors import RowGroups, check_places, to_unit
 from pipeline.retrieve import kinds
 from pipeline.retrieve.embedded import EmbeddedShards, Floats, Ids
-from pipeline.retrieve.rows import write_array, write_rows
+from pipeline.retrieve.rows import are_among, write_array, write_rows
 from pipeline.retrieve.segment import MODALITIES, Modality
 from pipeline.retrieve.takedown import Takedown
 from pipeline.retrieve.tune import NUM_NEAREST
@@ -88,7 +88,7 @@ class PartWriter:
         check_places(groups, vectors, path)
         self._groups.append(np.column_stack([groups.first_rows, groups.files, groups.offsets]))
         ids = np.array([row_id(uid) for uid in vectors.table.column("uid").to_pylist()], np.int64)
-        rows = np.flatnonzero(~np.isin(ids, self._plan.deleted) & ~self._plan.takedown.has(vectors.table))
+        rows = np.flatnonzero(~are_among(ids, self._plan.deleted) & ~self._plan.takedown.has(vectors.table))
         self.counts.update({"in": len(ids), "ok": len(rows)})
         if len(rows) < len(ids):
             self.counts["deleted"] += len(ids) - len(rows)

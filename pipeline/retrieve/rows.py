@@ -214,6 +214,14 @@ def ranks_of(targets: Ids, ids: Ids, order: Ids) -> Ids:
     return low
 
 
+def are_among(values: Ids, ordered: Ids) -> NDArray[np.bool_]:
+    """Whether each value, in an array of any shape, is among some sorted ones, which are not sorted again."""
+    if not len(ordered):
+        return np.zeros(values.shape, np.bool_)
+    ranks = np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)
+    return ordered[ranks] == values
+
+
 def repeated_positions(ids: Ids, order: Ids) -> Iterator[tuple[Ids, Ids]]:
     """The later rows of each id that several rows have, and the first row of each; both positions, part by part."""
     step = 1 << 22

@@ -11,7 +11,7 @@ from pipeline.errors import DataError
 from pipeline.retrieve import kinds
 from pipeline.retrieve.efforts import Effort, effort_for
 from pipeline.retrieve.embedded import EmbeddedShards, Floats, Ids
-from pipeline.retrieve.rows import Rows
+from pipeline.retrieve.rows import Rows, are_among
 from pipeline.workspace.store import Artifact
 
 Modality = Literal["image", "text"]
@@ -67,7 +67,7 @@ class Segment:
     def positions(self, ids: Ids) -> Ids:
         """The position of each id, -1 if no search returns such a row."""
         positions = self.rows.positions(ids)
-        return np.where(self._is_left_out(positions), -1, positions)
+        return np.where(are_among(positions, self._left_out), -1, positions)
 
     def search(self, queries: Floats, k: int, modality: Modality) -> tuple[Floats, Ids]:
         """The exact similarities and the positions (Q, k) of the nearest rows, the nearest first.
@@ -85,7 +85,7 @@ class Segment:
         if not count:
             return scores, positions
         near, candidates = searcher.search(queries, count, effort)
-        candidates[self._is_left_out(candidates)] = -1
+        candidates[are_among(candidates, self._left_out)] = -1
         is_row = candidates >= 0
         if not kinds.is_exact(searcher.kind):
             near = self._exact(queries, candidates, is_row, modality)
@@ -109,12 +109,6 @@ class Segment:
             for number, own in enumerate(np.split(vectors, ends[:-1]), start):
                 near[number, is_row[number]] = own @ queries[number]
         return near
-
-    def _is_left_out(self, positions: Ids) -> Any:
-        if not len(self._left_out):
-            return np.zeros(positions.shape, bool)
-        ranks = np.minimum(np.searchsorted(self._left_out, positions), len(self._left_out) - 1)
-        return self._left_out[ranks] == positions
 
 
 def workspace_of(artifact: Artifact) -> str:

@@ -5,22 +5,19 @@ recipe and its embeddings, so a deleted pair does not come back with a new index
 has forgotten (``pipeline/workspace/forgotten.py``).
 """
 
+import functools
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 from numpy.typing import NDArray
 
 from pipeline.data.blank import are_forgotten
 from pipeline.errors import ConfigError
 from pipeline.workspace.forgotten import Forgotten
 from pipeline.workspace.store import Artifact
-
-pc: Any = pyarrow.compute  # its functions are made when it is imported, and have no types
 
 TAKEDOWN = "takedown.txt"
 
@@ -74,6 +71,11 @@ class Takedown:
         is_forgotten = are_forgotten(rows, self.forgotten)
         if not self.names:
             return is_forgotten
-        names = pa.array(self.names, pa.string())
-        is_named = pc.or_(*(pc.is_in(rows.column(column), value_set=names) for column in ("uid", "url")))
-        return np.asarray(is_named.to_numpy()) | is_forgotten
+        uids, urls = (rows.column(column).to_pylist() for column in ("uid", "url"))
+        is_named = [uid in self._name_set or url in self._name_set for uid, url in zip(uids, urls, strict=True)]
+        return np.array(is_named, np.bool_) | is_forgotten
+
+    @functools.cached_property
+    def _name_set(self) -> frozenset[str]:
+        """The names, hashed once: a build asks for every shard, and there may be millions of names."""
+        return frozenset(self.names)

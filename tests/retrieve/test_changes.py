@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -342,6 +343,32 @@ def test_a_forgotten_pair_is_not_restored(index: Any) -> None:
         restore_everywhere(workspace, [_uid(3)])
 
 
+class _Counted(str):
+    """A name that counts how often names of its class are hashed."""
+
+    num_hashes = 0
+
+    def __hash__(self) -> int:
+        type(self).num_hashes += 1
+        return super().__hash__()
+
+
+def test_names_are_hashed_once_for_all_shards_and_deleted_ids_are_sorted_once(
+    index: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    takedown = Takedown(tuple(_Counted(name) for name in ("http://a/1", _uid(2), "http://nowhere/")))
+    rows = pa.table({"uid": [_uid(row) for row in range(4)], "url": ["http://a/0", "http://a/1", "http://a/2", None]})
+    for _ in range(3):
+        assert takedown.has(rows).tolist() == [False, True, True, False]
+    assert _Counted.num_hashes == 3
+    output, _, _ = index
+    delete(output, [_uid(row) for row in (2, 21, 5)])
+    build = segment_of_all(SegmentBuild((), output, _CONFIG, 0))
+    build.prepare()
+    monkeypatch.setattr(np, "isin", None)  # it sorts them for each shard
+    assert [build.add_part(name).counts for name in build.parts()] == [{"in": 24, "ok": 21, "deleted": 3}]
+
+
 def test_a_url_with_another_line_break_stays_deleted(tmp_path: Path) -> None:
     names = ("http://a/1\u2028", "http://a/\x852", "http://a/\r3")
     Takedown().add(names).write(str(tmp_path))
@@ -399,6 +426,68 @@ def test_a_build_that_was_stopped_before_a_takedown_does_not_keep_its_parts(inde
     build.prepare()
     build.output.commit_shard(build.add_part(build.parts()[0]))
     delete_everywhere(workspace, [_uid(3)])
+    build.prepare()
+    assert not build.output.shard_records()
+
+
+def _make_anew(embed: Artifact, vectors: NDArray[np.float32], first: int = 0, rows_per_shard: int = _PART - 1) -> None:
+    """Embeddings of the same rows, in other places, as after a retry that gained some."""
+    manifest = embed.manifest()
+    assert manifest is not None
+    embed.clear()
+    make_embeddings(embed, vectors, vectors, rows_per_shard=rows_per_shard, first=first)
+    embed.commit(replace(manifest, files=embed.describe_files()))
+
+
+def test_an_index_of_embeddings_that_were_made_anew_is_not_searched(index: Any) -> None:
+    output, workspace, vectors = index
+    output.commit(Manifest(step="index", key="i", step_version=1, section={}, inputs={"embed": "base"}))
+    base = workspace.artifact("embed", "base")
+    base.clear()
+    with pytest.raises(StepError, match=r"embed/base, which is not finished or is gone; run the recipe of these"):
+        NeighbourIndex.open(output)
+    _embed(workspace, "base", vectors[:24])  # with the bytes of before
+    assert _rows(NeighbourIndex.open(output), vectors) == set(range(24))
+    _make_anew(base, vectors[:24])
+    with pytest.raises(StepError, match=r"embed/base, which was made anew since; .* anew, too: unclip run RECIPE"):
+        NeighbourIndex.open(output)
+    with pytest.raises(StepError, match="made anew since"):
+        NeighbourIndex.open(output, version_number=0)
+    _compact(output)
+    assert _rows(NeighbourIndex.open(output), vectors) == set(range(24))
+
+
+def test_appended_embeddings_that_were_made_anew_are_put_together_again(index: Any) -> None:
+    output, workspace, vectors = index
+    more = _embed(workspace, "more", vectors[24:], first=24)
+    _append(output, more)
+    _make_anew(more, vectors[24:], first=24)
+    with pytest.raises(StepError, match=r"embed/more, which was appended, and made anew since; .*: unclip compact"):
+        NeighbourIndex.open(output)
+    _compact(output)
+    assert _rows(NeighbourIndex.open(output), vectors) == set(range(48))
+
+
+def test_a_segment_that_does_not_say_what_it_was_built_from_is_put_together_again(index: Any) -> None:
+    output, _, vectors = index
+    description = output.read_json("segment_00000/segment.json")
+    del description["embedded"]["contents"]
+    output.write_json("segment_00000/segment.json", description)
+    with pytest.raises(StepError, match=r"segment_00000: an earlier release built it, .*: unclip compact RECIPE"):
+        NeighbourIndex.open(output)
+    _compact(output)
+    assert _rows(NeighbourIndex.open(output), vectors) == set(range(24))
+
+
+def test_a_build_that_was_stopped_does_not_keep_parts_of_embeddings_that_were_made_anew(index: Any) -> None:
+    _, workspace, vectors = index
+    embed = _embed(workspace, "all", vectors)
+    build = SegmentBuild((embed,), workspace.artifact("index", "j"), _CONFIG, 0)
+    build.prepare()
+    build.output.commit_shard(build.add_part(build.parts()[0]))
+    build.prepare()
+    assert build.output.shard_records()
+    _make_anew(embed, vectors[::-1].copy(), rows_per_shard=_PART)  # as many rows in each shard, of other vectors
     build.prepare()
     assert not build.output.shard_records()
 

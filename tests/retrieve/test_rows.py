@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.retrieve.rows import ranks_of
+from pipeline.retrieve.rows import are_among, ranks_of
 
 _MOST = 1 << 53
 
@@ -53,3 +53,9 @@ def test_ids_of_any_spread_are_found(spread: str) -> None:
     order = order[np.argsort(ids[order], kind="stable")]
     targets = np.concatenate([ids[::7], ids[::11] + 1, [-5, 0, 1, _MOST - 1, _MOST + 10, 2**62]])
     np.testing.assert_array_equal(ranks_of(targets, ids, order), np.searchsorted(ids, targets, sorter=order))
+
+
+def test_values_are_looked_up_among_sorted_ones() -> None:
+    values = np.array([[-1, 0, 5], [6, 7, 9]])
+    np.testing.assert_array_equal(are_among(values, np.array([0, 6, 7])), [[False, True, False], [True, True, False]])
+    assert not are_among(values, np.zeros(0, np.int64)).any()
