@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.addresses import values_without_secrets, without_password
 from pipeline.errors import ConfigError, DataError
+from pipeline.recipe.appended import notes_on_appended
 from pipeline.recipe.initial_files import missing_files, num_files
 from pipeline.recipe.recipe import SAMPLING, Recipe, flatten, to_dict, without_resources
 from pipeline.recipe.sections import StepSection
@@ -54,7 +55,7 @@ class StepStatus:
     cannot be read: a run stops there)."""
     reasons: tuple[str, ...]
     """Why it has to run: the fields that differ from the newest artifact of the step; or why it cannot be read. Of a
-    step that is done: why it may have to run again."""
+    step that is done: why it may have to run again, or what else is to be done about it."""
     manifest: Manifest | None
 
 
@@ -312,6 +313,8 @@ def plan_status(workspace: Workspace, steps: list[Step]) -> list[StepStatus]:
                 reasons = tuple(f"runs again if {name}, which is out of date, comes out different" for name in made_of)
             if reasons:
                 outdated.add(step.name)
+            if step.name == "index":
+                reasons += notes_on_appended(artifact, manifest, is_made_anew=bool(reasons))
             statuses.append(StepStatus(step, "todo" if anew else "done", reasons, None if anew else manifest))
             continue
         earlier, damages = workspace.manifests(step.name)

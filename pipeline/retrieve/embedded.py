@@ -32,8 +32,8 @@ class EmbeddedShards:
     embed_dim: int
     """Width D of a vector."""
     contents: tuple[str, ...] = ()
-    """``content_now`` of each source when the shards were counted; empty if nobody asked, or if an earlier release wrote
-    the segment."""
+    """``content_now`` of each source when the shards were counted; empty if it was not asked for, and of a segment that
+    an earlier release wrote."""
 
     @property
     def num_rows(self) -> int:

@@ -65,8 +65,8 @@ class NeighbourIndex:
 
         Raises:
             DataError: If a file is missing or damaged, or the numbers of rows of two files differ.
-            StepError: If rows of its embeddings are being forgotten at this moment, if the embeddings have other content
-                than when its rows were taken from them, or if the version is gone.
+            StepError: If rows of its embeddings are being forgotten at this moment, if these have other content than
+                when its rows came from them, or if the version is gone.
         """
         require_whole_index(workspace_of(index), index.key)
         version = read_version(index, version_number)

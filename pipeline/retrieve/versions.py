@@ -4,13 +4,13 @@
 names. The newest number is the index; the files of earlier versions stay until the next change but one removes them.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
+from pipeline.recipe.appended import CHANGE
 from pipeline.retrieve.embedded import Ids
 from pipeline.workspace.manifest import read_record
 from pipeline.workspace.objects import Json
@@ -18,7 +18,6 @@ from pipeline.workspace.store import Artifact
 
 FIRST_VERSION = "index.json"
 _DESCRIPTIONS = "files.json"
-_CHANGE = re.compile(r"changes/\d{6}\.json")
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ def descriptions_of(index: Artifact, version: Version) -> dict[str, Json]:
 
 
 def _files(index: Artifact) -> list[str]:
-    return [FIRST_VERSION, *(name for name in index.names() if _CHANGE.fullmatch(name))]
+    return [FIRST_VERSION, *(name for name in index.names() if CHANGE.fullmatch(name))]
 
 
 def _read(index: Artifact, name: str) -> Version:

@@ -12,7 +12,7 @@ from pipeline.data.retries import NONE, ask_retry, give_up_retries, waiting_retr
 from pipeline.errors import ConfigError, DataError, UnclipError
 from pipeline.recipe.garbage import read_artifacts
 from pipeline.recipe.last_run import renew_last_run, write_last_run
-from pipeline.recipe.plan import StepStatus, artifact_of, dependents, make_plan, passing_inputs, plan_status
+from pipeline.recipe.plan import Step, StepStatus, artifact_of, dependents, make_plan, passing_inputs, plan_status
 from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.admission import Admission, Waits, at_once, fits_now, require_room
 from pipeline.runtime.connection import are_alive, connect, own_servers, require_alive
@@ -128,31 +128,30 @@ def _run_steps(
     lock: Lock,
     retry_failed: str = "",
 ) -> None:
-    done = {status.step.name for status in statuses if status.state == "done"}
-    waiting = [status.step for status in statuses if status.state != "done"]
-    running: dict[Any, StepContext] = {}
-    failures, notices = list[UnclipError](), dict[str, str]()
-    servers = own_servers()
-    forecast, waits = Forecast(recipe, waiting, observer, can_grow=not servers), Waits(servers)
+    steps = _Steps(
+        [status.step for status in statuses if status.state != "done"],
+        {status.step.name for status in statuses if status.state == "done"},
+        observer,
+        tracking,
+    )
+    running, notices, servers = steps.running, dict[str, str](), own_servers()
+    forecast, waits = Forecast(recipe, steps.waiting, observer, can_grow=not servers), Waits(servers)
     # This machine has what it needs, for it has come so far.
-    machines, soon = Machines(recipe, () if servers else waiting), Soon(recipe, is_cluster=not servers)
+    machines, soon = Machines(recipe, () if servers else steps.waiting), Soon(recipe, is_cluster=not servers)
     try:
-        while waiting or running:
+        while steps.waiting or running:
             require_alive(servers)
             machines.look()
             lock.check()
-            for step in [step for step in waiting if set(step.inputs) <= done]:
+            for step in [step for step in steps.waiting if set(step.inputs) <= steps.done]:
                 context = StepContext(recipe, step, workspace.root, retry_failed=retry_failed, can_grow=not servers)
-                if not may_start(context, running.values()):
-                    continue
-                waiting.remove(step)
-                soon.begins(step.name)
-                running[start_step(context, tracking)] = context
-                observer.started(step)
+                if may_start(context, running.values()):
+                    soon.begins(step.name)
+                    steps.start(context)
             ready, _ = ray.wait(list(running), timeout=_POLL_S, num_returns=1)
             readings = _readings(running.values(), observer, tracking, notices)
-            forecast.update(readings, done)
-            soon.update(waiting, done, readings)
+            forecast.update(readings, steps.done)
+            soon.update(steps.waiting, steps.done, readings)
             if ready:
                 require_alive(servers)  # otherwise every step would report a lost worker
             late = waits.end_late({key: running[key] for key in running.keys() - ready}, readings)
@@ -161,14 +160,11 @@ def _run_steps(
                 context = running.pop(reference)
                 try:
                     manifest = commit_step(context, result_of(reference, context, late), tracking)
-                except UnclipError as error:  # what is not made from it goes on
+                except UnclipError as error:
                     machines.look(wait_s=LONGEST_LOOK_S)  # one that has just come may be why
-                    behind = dependents(waiting, context.step.name)
-                    waiting = [step for step in waiting if step.name not in behind]
-                    observer.failed(context.step, behind)
-                    failures.append(_noted(error, context, tracking, observer if waiting or running else None))
+                    steps.fail(error, context)
                 else:
-                    done.add(context.step.name)
+                    steps.done.add(context.step.name)
                     observer.finished(context.step, manifest)
     except BaseException as error:  # also Ctrl-C: no step continues without its driver
         if isinstance(error, KeyboardInterrupt):
@@ -179,8 +175,42 @@ def _run_steps(
         raise
     finally:
         soon.end()
-    if failures:
-        raise type(failures[0])("; and ".join(map(str, failures)))
+    if steps.failures:
+        raise type(steps.failures[0])("; and ".join(map(str, steps.failures)))
+
+
+@dataclasses.dataclass
+class _Steps:
+    """Where the steps of a run stand."""
+
+    waiting: list[Step]
+    """Those that have not begun."""
+    done: set[str]
+    """Names of the finished ones."""
+    observer: Observer
+    tracking: Tracking
+    running: dict[Any, StepContext] = dataclasses.field(default_factory=dict[Any, StepContext])
+    """By Ray's reference."""
+    failures: list[UnclipError] = dataclasses.field(default_factory=list[UnclipError])
+
+    def start(self, context: StepContext) -> None:
+        """Start a waiting step; it fails if somebody reads what it made before."""
+        self.waiting.remove(context.step)
+        try:
+            reference = start_step(context, self.tracking, self.observer.warned)
+        except UnclipError as error:
+            self.fail(error, context)
+        else:
+            self.running[reference] = context
+            self.observer.started(context.step)
+
+    def fail(self, error: UnclipError, context: StepContext) -> None:
+        """Note that a step failed, and with it all that is made from it; the others go on."""
+        behind = dependents(self.waiting, context.step.name)
+        self.waiting = [step for step in self.waiting if step.name not in behind]
+        self.observer.failed(context.step, behind)
+        goes_on = bool(self.waiting or self.running)
+        self.failures.append(_noted(error, context, self.tracking, self.observer if goes_on else None))
 
 
 def _end_trainings(running: dict[Any, StepContext], observer: Observer, tracking: Tracking, lock: Lock) -> None:

@@ -14,7 +14,9 @@ import ray.exceptions
 
 from pipeline.addresses import without_secrets
 from pipeline.data.retries import ask_retry
-from pipeline.errors import StepError, UnclipError
+from pipeline.errors import DataError, StepError, UnclipError
+from pipeline.recipe.appended import appended_embeddings
+from pipeline.recipe.garbage import read_artifacts
 from pipeline.recipe.plan import manifest_of
 from pipeline.recipe.steps import STEP_ROWS
 from pipeline.runtime.connection import are_alive
@@ -41,10 +43,14 @@ _PACKAGES = (
 _STEP_RETRIES = 2
 
 
-def start_step(context: StepContext, tracking: Tracking) -> Any:
-    """Submit a step; returns Ray's reference to its result."""
+def start_step(context: StepContext, tracking: Tracking, warn: Callable[[str], None]) -> Any:
+    """Submit a step; returns Ray's reference to its result.
+
+    Raises:
+        StepError: See ``forget_if_inputs_changed``.
+    """
     context.output.clear_temporaries()
-    forget_if_inputs_changed(context)
+    forget_if_inputs_changed(context, warn)
     if context.retry_failed and context.step.name == "download":
         ask_retry(context.output, context.retry_failed)  # not in the task, which Ray may start anew when it is done
     for name in (ERROR, STOP):
@@ -56,8 +62,16 @@ def start_step(context: StepContext, tracking: Tracking) -> Any:
     return reference
 
 
-def forget_if_inputs_changed(context: StepContext) -> None:
-    """Remove what a step made from other bytes of its inputs, finished or not, and note the bytes of today."""
+def forget_if_inputs_changed(context: StepContext, warn: Callable[[str], None] = lambda _: None) -> None:
+    """Remove what a step made from other bytes of its inputs, finished or not, and note the bytes of today.
+
+    Args:
+        context: The step.
+        warn: Receives a sentence for what is not made again with the step.
+
+    Raises:
+        StepError: If a living process reads what is to be removed.
+    """
     output, manifests = context.output, dict[str, Manifest]()
     for name, artifact in context.inputs.items():
         manifest = artifact.manifest()
@@ -68,10 +82,28 @@ def forget_if_inputs_changed(context: StepContext) -> None:
         has_content(manifests[name], content) for name, content in before.items()
     )
     if output.exists(MANIFEST) or (before and not is_same):
-        output.clear()
+        _clear(context, warn)
     elif before:
         return  # what was begun with rows that were forgotten since keeps their content: its manifest says so
     output.write_json(INPUTS, {name: content_of(manifest) for name, manifest in manifests.items()})
+
+
+def _clear(context: StepContext, warn: Callable[[str], None]) -> None:
+    """Remove what a step made, unless somebody reads it; say how rows that were appended to an index come back."""
+    name, output = context.step.name, context.output
+    if owner := read_artifacts(context.workspace).get((name, context.step.key)):
+        raise StepError(
+            f"{name}: its inputs have other content than what it was made from, so it is to be made anew, and it is in "
+            f"use by {owner}; end it, then run again"
+        )
+    try:
+        appended = appended_embeddings(output, context.step.inputs) if name == "index" else []
+    except DataError as error:  # to build it anew is what mends it
+        appended = []
+        warn(f"index: it is built anew, without rows that were appended; of what they were is not known: {error}")
+    for command in dict.fromkeys(one.command for one in appended):
+        warn(f"index: it is built anew, without the rows that were appended; bring them back afterwards: {command}")
+    output.clear()
 
 
 def cancel_step(reference: Any, servers: list[psutil.Process]) -> None:

@@ -23,7 +23,8 @@ from pipeline.recipe.plan import (
 from pipeline.recipe.recipe import Recipe, load_recipe
 from pipeline.train.checkpoint import Snapshot
 from pipeline.workspace.manifest import Manifest, content_of
-from pipeline.workspace.store import Artifact, Workspace
+from pipeline.workspace.store import MANIFEST, Artifact, Workspace
+from tests.recipe.finished import commit_index
 
 
 def _commit(workspace: Workspace, step: Step) -> None:
@@ -314,6 +315,45 @@ def test_plan_status_sees_that_an_input_was_made_anew_with_other_bytes(tmp_path:
     assert statuses[3].reasons[-1] == "runs again if clip, which is out of date, comes out different"
     pairs.clear()
     assert [status.state for status in plan_status(workspace, steps)] == ["todo", "done"]  # nothing to compare with
+
+
+def test_plan_status_says_what_is_to_be_done_about_appended_embeddings(tmp_path: Path) -> None:
+    workspace, steps = Workspace(str(tmp_path)), make_plan(load_recipe(None), until="index")
+    for step in steps:
+        _commit(workspace, step)
+    index, embed = (artifact_of(workspace, step) for step in (steps[-1], steps[-2]))
+    manifest, base = index.manifest(), embed.manifest()
+    more = workspace.artifact("embed", "more")
+    assert manifest is not None
+    assert base is not None
+
+    def make_more(data: bytes) -> str:
+        more.clear()
+        more.write_bytes("00000.parquet", data)
+        more.commit(replace(base, files=more.describe_files()))
+        return content_of(replace(base, files=more.describe_files()))
+
+    own = f"embed/{embed.key}"
+    commit_index(index, [own], [own, "embed/more"], contents={own: content_of(base), "embed/more": make_more(b"one")})
+    index.write_json(MANIFEST, replace(manifest, input_contents={"embed": content_of(base)}).to_dict())
+
+    def status() -> tuple[str, tuple[str, ...]]:
+        status = plan_status(workspace, steps)[-1]
+        return status.state, status.reasons
+
+    assert status() == ("done", ())
+    make_more(b"two")
+    assert status() == ("done", (f"{more.uri} was made anew since it was appended: unclip compact RECIPE",))
+    more.clear()
+    is_away = f"{more.uri}, which was appended, is not finished or is gone: run its recipe first"
+    assert status() == ("done", (is_away,))
+    embed.write_bytes("00000.parquet", b"other")
+    embed.write_json(MANIFEST, replace(base, files=embed.describe_files()).to_dict())
+    come_back = f"bring them back afterwards: unclip append RECIPE {more.uri}"
+    anew = "embed was made anew, with other content"
+    assert status() == ("todo", (anew, f"without the rows that were appended; {come_back}"))
+    index.remove("segment_00001/segment.json")
+    assert status()[1][1].startswith(f"{index.uri}: no file segment_00001/segment.json")
 
 
 def test_plan_status_shows_a_manifest_that_cannot_be_read_and_goes_on(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pipeline.data.rows import make_uid, row_id
 from pipeline.errors import ConfigError, DataError, StepError
+from pipeline.recipe.appended import Appended, appended_embeddings
 from pipeline.recipe.sections import IndexConfig
 from pipeline.retrieve import NeighbourIndex
 from pipeline.retrieve.build import IndexSummary, SegmentBuild, build_index
@@ -25,7 +26,7 @@ from pipeline.retrieve.changes import (
     segment_of_all,
     segment_of_more,
 )
-from pipeline.retrieve.embedded import EmbeddedShards
+from pipeline.retrieve.embedded import EmbeddedShards, content_now
 from pipeline.retrieve.queries import read_embedding
 from pipeline.retrieve.takedown import Takedown
 from pipeline.retrieve.versions import Version, read_version
@@ -461,11 +462,13 @@ def test_appended_embeddings_that_were_made_anew_are_put_together_again(index: A
     output, workspace, vectors = index
     more = _embed(workspace, "more", vectors[24:], first=24)
     _append(output, more)
+    assert appended_embeddings(output, {"embed": "base"}) == [Appended(more.uri, content_now(more))]
     _make_anew(more, vectors[24:], first=24)
     with pytest.raises(StepError, match=r"embed/more, which was appended, and made anew since; .*: unclip compact"):
         NeighbourIndex.open(output)
     _compact(output)
     assert _rows(NeighbourIndex.open(output), vectors) == set(range(48))
+    assert appended_embeddings(output, {"embed": "base"}) == [Appended(more.uri, content_now(more))]
 
 
 def test_a_segment_that_does_not_say_what_it_was_built_from_is_put_together_again(index: Any) -> None:

@@ -30,6 +30,7 @@ from pipeline.workspace.manifest import ShardRecord, content_of
 from pipeline.workspace.progress import Progress, read_progress
 from pipeline.workspace.store import INPUTS, MANIFEST, Artifact, Workspace
 from tests.ports import free_port
+from tests.recipe.finished import commit_index
 from tests.tiny.command import ROOT, start_unclip, unclip, unclip_here
 from tests.tiny.recipe import write_recipe
 from tests.tiny.workspace import served_workspace
@@ -136,6 +137,45 @@ def test_what_is_read_is_not_made_anew(tmp_path: Path) -> None:
         run._to_make_anew(workspace, statuses, {"clip"})
 
 
+def test_what_is_read_is_not_made_anew_either_because_its_input_was(tmp_path: Path) -> None:
+    steps, failed, warnings = _contexts(tmp_path, "tracking.uri=off"), list[Any](), list[str]()
+    prior, clip = steps["prior"], steps["clip"]
+    clip.output.commit(manifest_of(clip.step, clip.output))
+    manifest = replace(manifest_of(prior.step, prior.output), input_contents={"clip": "other"})
+    prior.output.commit(manifest)
+    observer: Any = SimpleNamespace(failed=lambda *arguments: failed.append(arguments), warned=warnings.append)
+    tracking: Any = SimpleNamespace(failed=lambda _context: None)
+    waiting = [steps[name].step for name in ("prior", "decoder", "evaluate")]
+    statuses = run._Steps(waiting, {"clip"}, observer, tracking)
+    with in_use(prior.workspace, [f"prior/{prior.step.key}"]):
+        statuses.start(prior)
+    assert prior.output.manifest() == manifest
+    assert "prior: its inputs have other content than what it was made from" in str(statuses.failures[0])
+    assert [step.name for step in statuses.waiting] == ["decoder"]
+    assert failed == [(prior.step, {"prior", "evaluate"})]
+    assert warnings == [f"{statuses.failures[0]}; the steps that do not read it go on"]
+    step_task.forget_if_inputs_changed(prior)  # when nobody reads it any more
+    assert prior.output.manifest() is None
+
+
+def test_an_index_that_is_built_anew_says_how_its_appended_rows_come_back(tmp_path: Path) -> None:
+    steps, warnings = _contexts(tmp_path, "tracking.uri=off"), list[str]()
+    index = steps["index"]
+    own = f"embed/{index.step.inputs['embed']}"
+    commit_index(index.output, [own], [own, "/w/embed/more", "s3://b/w/embed/far"])
+    step_task.forget_if_inputs_changed(index, warnings.append)
+    assert [warning.partition("bring them back afterwards: ")[2] for warning in warnings] == [
+        "unclip append RECIPE /w/embed/more",
+        "unclip append RECIPE MORE (MORE is the recipe of s3://b/w/embed/far)",
+    ]
+    assert index.output.names() == [INPUTS]
+    commit_index(index.output, [own], ["/w/embed/more"])
+    index.output.remove("segment_00001/segment.json")  # what is damaged is built anew all the same
+    step_task.forget_if_inputs_changed(index, warnings.append)
+    assert "of what they were is not known" in warnings[-1]
+    assert index.output.names() == [INPUTS]
+
+
 def _download_of_two_lists(workspace: Path, *, is_new: bool) -> dict[str, StepContext]:
     """A finished download, whose pairs were made anew with other rows since then if ``is_new``."""
     steps = _contexts(workspace, "tracking.uri=off")
@@ -179,7 +219,7 @@ def test_a_retry_keeps_shards_of_the_same_list_alone(
     for name in ("cluster_has_roles", "controller_options"):  # both ask Ray
         monkeypatch.setattr(step_task, name, lambda **_options: {})
     tracking: Any = SimpleNamespace(started=lambda _context: None)
-    step_task.start_step(context, tracking)
+    step_task.start_step(context, tracking, pytest.fail)
     assert [name for name in output.names() if not name.startswith("live/")] == (
         [] if is_new else ["00000.done.json", "00000.tar"]
     )
