@@ -1,19 +1,24 @@
 """Other tries of failed rows that are asked for; a run that is stopped leaves what it has not tried to the next one.
 
 Shards that gained rows are committed aside, and take the place of the old ones when all shards were tried.
+
+The manifest goes meanwhile. What it says of the time before rows were forgotten is kept, and comes back if no row came:
+then what was made from the shards stays done.
 """
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 
 from pipeline.data.causes import is_in_class
-from pipeline.workspace.manifest import ShardRecord
+from pipeline.workspace.manifest import Manifest, ShardRecord, content_of, content_of_files, read_record
 from pipeline.workspace.store import LIVE, RECORD_SUFFIX, Artifact
 
 NONE = "none"
 """Stands in the place of a class: the tries that wait are given up."""
 
 _NAME = f"{LIVE}retries.json"
+_BEFORE = f"{LIVE}before.json"
 _STAGED = "retry-"
 _THREADS = 16
 """Shards that are put in place at once: in an object store each takes about ten requests, and a copy of its tar."""
@@ -47,6 +52,64 @@ def give_up_retries(output: Artifact) -> None:
     """Try nothing again that waits; the rows that came so far stay."""
     if waiting_retries(output):
         output.write_json(_NAME, [])
+
+
+@dataclass(frozen=True)
+class Before:
+    """What a finished download was when it was opened again."""
+
+    content: str
+    """``content_of`` it, as it is when no row has come since."""
+    former_contents: tuple[str, ...]
+    """Those of its manifest."""
+    is_rewritten: bool = False
+    """Whether forgotten rows are leaving its shards: then their content says nothing about rows that came."""
+
+    @classmethod
+    def read(cls, output: Artifact) -> "Before | None":
+        """What is kept of a download; None if it was not opened again, or rows have come since."""
+        content = output.find_bytes(_BEFORE)
+        return None if content is None else read_record(cls, content, f"{output.uri}/{_BEFORE}", "remove this file")
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> "Before":
+        """What is to be kept of a finished download."""
+        return cls(content_of(manifest), manifest.former_contents)
+
+    def write(self, output: Artifact) -> None:
+        """Keep it."""
+        output.write_json(_BEFORE, asdict(self))
+
+    def begin_rewriting(self, output: Artifact) -> "Before | None":
+        """Note that forgotten rows leave the shards from now on; None, and nothing is kept, if rows have come.
+
+        It may be stopped, and called again for shards of which some are rewritten.
+        """
+        if not self.is_rewritten and self.content != _content_of_shards(output):
+            output.remove(_BEFORE)
+            return None
+        before = replace(self, is_rewritten=True)
+        before.write(output)
+        return before
+
+    def end_rewriting(self, output: Artifact) -> None:
+        """Note what the shards are without the forgotten rows."""
+        now = _content_of_shards(output)
+        former = dict.fromkeys(one for one in (*self.former_contents, self.content) if one != now)
+        Before(now, tuple(former)).write(output)
+
+
+def with_former_contents(output: Artifact, manifest: Manifest) -> Manifest:
+    """The new manifest of a download, with the former contents of the one before if no row has come since."""
+    before = Before.read(output)
+    if before is None or before.content != content_of(manifest):
+        return manifest
+    return replace(manifest, former_contents=before.former_contents)
+
+
+def _content_of_shards(output: Artifact) -> str:
+    records = output.shard_records(live=False).values()
+    return content_of_files({name: described for record in records for name, described in record.files.items()})
 
 
 def staged_in(output: Artifact, failed_class: str) -> Artifact:

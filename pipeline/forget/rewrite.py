@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from pipeline.data.blank import BLANK, COLUMNS_THAT_STAY, are_forgotten, blank_rows
 from pipeline.data.pairs import ROW_GROUP_ROWS
-from pipeline.data.retries import adopt
+from pipeline.data.retries import Before, adopt
 from pipeline.data.selection import label_file
 from pipeline.data.shard_tables import TAKEN_IN, read_names, read_schema, read_table, split_counts
 from pipeline.data.shard_writer import ShardFiles, ShardRow, failure_causes, read_shard, write_shard
@@ -71,8 +71,11 @@ def rewrite(
     if manifest is None and work.step not in SHARDS_STAY:
         artifact.destroy()
         return
+    before: Before | None = None
     if manifest is None and work.step == "download":
         adopt(artifact, lambda _done, _total: check())  # what a retry gained is no part of shards under way
+        before = Before.read(artifact)
+        before = before and before.begin_rewriting(artifact)
     artifact.remove(ALL_RECORDS)
 
     def rewrite_one(shard: str) -> None:
@@ -85,6 +88,8 @@ def rewrite(
     if manifest is None:
         for name in [name for name in artifact.names() if name.startswith((f"{LIVE}parts/", f"{LIVE}retry-"))]:
             artifact.remove(name)  # parts of shards under way; they are made again
+        if before is not None:
+            before.end_rewriting(artifact)
         return
     if work.step in {"filter", "filter_embeddings"}:
         _rewrite_examples(artifact, forgotten)

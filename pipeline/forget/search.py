@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.data.drawn import EVALUATION
+from pipeline.data.retries import Before
 from pipeline.data.shard_tables import find_rows, read_names
 from pipeline.errors import DataError
 from pipeline.forget.shown import Pairs
@@ -267,8 +268,8 @@ def _unfinished_networks(
     trained = {
         (step, content): len(rows.trained)
         for (step, key), rows in rows_by_artifact.items()
-        if rows.trained and key in manifests[step]
-        for content in (content_of(manifests[step][key]), *manifests[step][key].former_contents)
+        if rows.trained
+        for content in _contents_of(workspace.artifact(step, key), manifests[step].get(key))
     }
     networks: list[TrainedOn] = []
     for row in STEP_ROWS.values():
@@ -287,6 +288,12 @@ def _continued(dirty: Iterable[Manifest], networks: Iterable[TrainedOn]) -> list
     """The networks that some of ``dirty`` have continued."""
     origins = {(one.step, one.metrics["continued"]["key"]) for one in dirty if "continued" in one.metrics}
     return [(one.step, one.key) for one in networks if (one.step, one.key) in origins]
+
+
+def _contents_of(artifact: Artifact, manifest: Manifest | None) -> tuple[str, ...]:
+    """The contents of which a training may say that it reads them; also of a download that was opened again."""
+    before = Before.read(artifact) if manifest is None else Before.of(manifest)
+    return () if before is None else (before.content, *before.former_contents)
 
 
 def _source_of(inputs: Mapping[str, str]) -> str:

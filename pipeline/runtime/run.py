@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 
-from pipeline.data.retries import NONE, ask_retry, give_up_retries, waiting_retries
+from pipeline.data.retries import NONE, Before, ask_retry, give_up_retries, waiting_retries
 from pipeline.errors import ConfigError, DataError, UnclipError
 from pipeline.recipe.garbage import read_artifacts
 from pipeline.recipe.last_run import renew_last_run, write_last_run
@@ -292,6 +292,7 @@ def _reopened(workspace: Workspace, status: StepStatus, failed_class: str) -> St
     output = artifact_of(workspace, status.step)
     if (manifest := output.manifest()) is not None:  # it alone says from which pairs the shards were made
         output.write_json(INPUTS, manifest.input_contents)
+        Before.of(manifest).write(output)
     ask_retry(output, failed_class)  # before the removal: a run that is stopped behind that leaves it to the next one
     output.remove(MANIFEST)
     return dataclasses.replace(status, state="partial", manifest=None)

@@ -13,7 +13,7 @@ import ray
 import ray.exceptions
 
 from pipeline.addresses import without_secrets
-from pipeline.data.retries import ask_retry
+from pipeline.data.retries import ask_retry, with_former_contents
 from pipeline.errors import DataError, StepError, UnclipError
 from pipeline.recipe.appended import appended_embeddings
 from pipeline.recipe.garbage import read_artifacts
@@ -156,5 +156,7 @@ def commit_step(context: StepContext, result: StepResult, tracking: Tracking) ->
         versions={name: version(name) for name in _PACKAGES} | {"python": platform.python_version()},
         tracking_run_id=tracking.finished(context, result),
     )
+    if step.name == "download":
+        manifest = with_former_contents(output, manifest)
     output.commit(manifest)
     return manifest
