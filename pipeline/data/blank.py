@@ -44,6 +44,11 @@ def are_forgotten(table: pa.Table, forgotten: Forgotten) -> NDArray[np.bool_]:
     return np.array(forgotten.has_rows(uids, urls), np.bool_)
 
 
+def are_blank(table: pa.Table) -> NDArray[np.bool_]:
+    """Whether each row of a table is empty: (rows,)."""
+    return np.asarray(pc.equal(table.column("uid"), "").to_numpy())
+
+
 def num_blank(table: pa.Table) -> int:
     """Number of empty rows."""
     return pc.sum(pc.equal(table.column("uid"), "")).as_py() or 0

@@ -1,7 +1,7 @@
 """Where the files of a shard's tar lie: all of them by their headers, or those of one key by bisection."""
 
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from pipeline.data.mends import repair_hint
@@ -48,6 +48,23 @@ def index_tar(path: Path, *, hint: str = "") -> Members:
             key, extension = _key_and_extension(last)
             members.setdefault(key, {})[extension] = (offset + _BLOCK_BYTES, size)
             offset += _BLOCK_BYTES + -(-size // _BLOCK_BYTES) * _BLOCK_BYTES
+
+
+def spans_of(path: Path, keys: Collection[str]) -> list[tuple[int, int]]:
+    """Where the files of some keys lie with all of their headers: (start, stop) of each in bytes, in their order.
+
+    Raises:
+        DataError: If the tar is damaged; names it.
+    """
+    try:
+        with tarfile.open(path, "r:", encoding="utf-8", errors="surrogateescape") as tar:
+            members = tar.getmembers()
+    except tarfile.TarError as error:
+        raise DataError(f"{path}: damaged tar ({error}); {repair_hint(path)}") from error
+    starts = [member.offset for member in members]  # of its first header: a long name has one of its own
+    last = members[-1].offset_data + -(-members[-1].size // _BLOCK_BYTES) * _BLOCK_BYTES if members else 0
+    spans = zip(members, starts, [*starts[1:], last], strict=True)
+    return [(start, stop) for member, start, stop in spans if _key_and_extension(member.name)[0] in keys]
 
 
 def find_in_tar(tar: Path | str, read: ReadBytes, num_bytes: int, key: str) -> dict[str, tuple[int, int]]:

@@ -25,6 +25,7 @@ from pipeline.data.retries import Before, adopt
 from pipeline.data.selection import label_file
 from pipeline.data.shard_tables import TAKEN_IN, read_names, read_schema, read_table, split_counts
 from pipeline.data.shard_writer import ShardFiles, ShardRow, failure_causes, read_shard, write_shard
+from pipeline.data.tar_copies import leave_out_forgotten
 from pipeline.data.tar_index import index_tar
 from pipeline.data.tars import counts_of, taken_in_totals
 from pipeline.data.token_states import copy_states, states_file
@@ -178,9 +179,10 @@ def _rewrite_download(artifact: Artifact, shard: str, forgotten: Forgotten) -> N
 
 
 def _rewrite_taken_in(artifact: Artifact, shard: str, forgotten: Forgotten) -> tuple[Counts, Counts]:
-    """Empty the rows in the table of a shard whose tar is its owner's, and stays."""
+    """Empty the rows in the table of a shard that was taken in; a tar that is its owner's, by a link, stays."""
     name = f"{shard}.parquet"
     table = blank_rows(pq.read_table(artifact.path(name)), forgotten)
+    table = leave_out_forgotten(artifact, shard, table, forgotten)
     with artifact.write(name) as path, HashedFile(path) as stream:
         pq.write_table(table, stream)
     totals = taken_in_totals(table)

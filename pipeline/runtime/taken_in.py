@@ -3,11 +3,12 @@
 import time
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 from pipeline.errors import DataError
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.pool import ShardJob, map_shards, total_counts
-from pipeline.workspace.forgotten import CAUSE
+from pipeline.workspace.forgotten import CAUSE, Forgotten
 from pipeline.workspace.manifest import ShardRecord
 
 
@@ -55,6 +56,7 @@ class TakeInWorker:
         from pipeline.data.sources import tars_of
 
         self._output = context.output
+        self._forgotten = Forgotten.read(context.root)
         self._pairs = Pairs(context.inputs["pairs"])
         self._tars = tars_of(context.recipe.pairs, self._pairs.parts)
         self._lists = {part.name: part.list_number for part in self._pairs.parts}
@@ -66,12 +68,15 @@ class TakeInWorker:
 
         start, rows = time.monotonic(), self._pairs.part(shard)
         taken_in = take_in(self._tars[shard].uri, rows, shard, self._output)
+        files = dict(taken_in.files)
+        if self._forgotten.entries and not self._output.is_link(f"{shard}.tar"):
+            files |= self._leave_out_forgotten(shard)
         wall_s = round(time.monotonic() - start, 3)
         splits = split_counts(self._output.path(f"{shard}.parquet"))
         record = ShardRecord(
             shard=shard,
             counts=taken_in.counts,
-            files=taken_in.files,
+            files=files,
             causes=taken_in.causes,
             splits=splits,
             list_number=self._lists[shard],
@@ -79,3 +84,16 @@ class TakeInWorker:
         )
         self._output.commit_shard(record)
         return record
+
+    def _leave_out_forgotten(self, shard: str) -> dict[str, dict[str, Any]]:
+        """Take forgotten pairs out of the copy of a tar; returns size and SHA-256 of what is written anew, by name."""
+        import pyarrow.parquet as pq
+
+        from pipeline.data.tar_copies import leave_out_forgotten
+        from pipeline.workspace.hashing import HashedFile
+
+        names = [f"{shard}.tar", f"{shard}.parquet"]
+        table = leave_out_forgotten(self._output, shard, pq.read_table(self._output.path(names[1])), self._forgotten)
+        with self._output.write(names[1]) as path, HashedFile(path) as stream:
+            pq.write_table(table, stream)
+        return {name: self._output.describe(name) for name in names}

@@ -95,6 +95,10 @@ class Folder:
             except FileNotFoundError:
                 raise DataError(f"{uri}: no such file") from None
 
+    def is_link(self, name: str) -> bool:
+        """Whether a file is a link to a user's own, see ``link``; else it is a copy, which is the folder's own."""
+        return isinstance(self._files, LocalFiles) and self._files.is_link(name)
+
     def write_bytes(self, name: str, data: bytes) -> None:
         """Write a small file whole."""
         if isinstance(self._files, LocalFiles):

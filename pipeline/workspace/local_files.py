@@ -56,6 +56,10 @@ class LocalFiles:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.symlink_to(source)
 
+    def is_link(self, name: str) -> bool:
+        """Whether a file is a link."""
+        return (Path(self._base) / name).is_symlink()
+
     def path(self, name: str) -> Path | None:
         """The path of a file; None if there is none."""
         return Path(self._base) / name if self.exists(name) else None
