@@ -82,8 +82,9 @@ def finish_workspace(recipe: Recipe, samples: Iterable[Sample], suffix: str) -> 
     with outputs["embed"].write("00000.parquet") as path:
         write_embeddings([result.table], path, result.table.schema)
     outputs["embed"].commit_shard(ShardRecord(shard="00000", counts=dict(result.counts), files={}))
-    build_index(outputs["embed"], outputs["index"], recipe.index, seed=recipe.seed)
     for name, step in steps.items():
+        if name == "index":
+            build_index(outputs["embed"], outputs["index"], recipe.index, seed=recipe.seed)
         outputs[name].commit(manifest_of(step, outputs[name]))
 
 
