@@ -25,8 +25,6 @@ class Appended:
     @property
     def command(self) -> str:
         """What takes them in again, for people."""
-        if "://" in self.uri:
-            return f"unclip append RECIPE MORE (MORE is the recipe of {self.uri})"
         return f"unclip append RECIPE {shlex.quote(self.uri)}"
 
 

@@ -30,18 +30,20 @@ from tests.tiny.recipe import tiny_tables
 _LONG = "folder/" * 50
 """Of which a tar writes a header of its own."""
 _ROWS = {f"{_LONG if row == 2 else ''}{row:04d}": row for row in range(6)}
+_DAMAGED = "0008"
 
 
 def _url(row: int) -> str:
-    return f"http://a/{row % 5}.jpg"  # the last sample repeats the first
+    return f"http://a/{row if row == 8 else row % 5}.jpg"  # the last sample but one repeats the first
 
 
 def _tar() -> bytes:
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as tar:
-        for key, row in _ROWS.items():
+        for key, row in [*_ROWS.items(), (_DAMAGED, 8)]:
             record = json.dumps({"url": _url(row), "caption": f"caption {row % 5}"}).encode()
-            for name, data in ((f"{key}.jpg", make_picture(row % 5)), (f"{key}.json", record)):
+            picture = b"no picture" if key == _DAMAGED else make_picture(row % 5)
+            for name, data in ((f"{key}.jpg", picture), (f"{key}.json", record)):
                 member = tarfile.TarInfo(name)
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
@@ -78,7 +80,7 @@ def _forget(recipe: Recipe, *rows: int) -> None:
 def _require_rows(download: Artifact, *rows: int) -> None:
     """The tar, the table and the manifest have these rows, and nothing of others."""
     tar, manifest = download.path("00000.tar"), download.manifest()
-    assert sorted(index_tar(tar)) == sorted(key for key, row in _ROWS.items() if row in rows)
+    assert sorted(index_tar(tar)) == sorted([_DAMAGED, *(key for key, row in _ROWS.items() if row in rows)])
     content = tar.read_bytes()
     assert [row for row in range(5) if _url(row).encode() in content] == [row for row in rows if row < 5]
     assert manifest is not None
@@ -86,6 +88,9 @@ def _require_rows(download: Artifact, *rows: int) -> None:
         Artifact(download.uri).verify(name)
     pictures = StoredPictures(download, by_ranges=True)
     table = [row for row in pq.read_table(download.path("00000.parquet")).to_pylist() if row["uid"]]
+    [damaged] = [row for row in table if row["status"] == "failed_to_resize"]
+    assert (damaged["key"], damaged["picture_offset"]) == (_DAMAGED, None)
+    table.remove(damaged)
     assert [row["key"] for row in table] == sorted(key for key, row in _ROWS.items() if row in rows and row < 5)
     for row in table:
         place, size = row["picture_offset"], row["picture_bytes"]
@@ -135,4 +140,4 @@ def test_the_tar_of_its_owner_stays(tmp_path: Path) -> None:
     _forget(recipe, 2)
     assert download.is_link("00000.tar")
     assert (tmp_path / "in/0.tar").read_bytes() == _tar()
-    assert [row["uid"] != "" for row in pq.read_table(download.path("00000.parquet")).to_pylist()].count(True) == 4
+    assert [row["uid"] != "" for row in pq.read_table(download.path("00000.parquet")).to_pylist()].count(True) == 5

@@ -166,7 +166,7 @@ def test_an_index_that_is_built_anew_says_how_its_appended_rows_come_back(tmp_pa
     step_task.forget_if_inputs_changed(index, warnings.append)
     assert [warning.partition("bring them back afterwards: ")[2] for warning in warnings] == [
         "unclip append RECIPE /w/embed/more",
-        "unclip append RECIPE MORE (MORE is the recipe of s3://b/w/embed/far)",
+        "unclip append RECIPE s3://b/w/embed/far",
     ]
     assert index.output.names() == [INPUTS]
     commit_index(index.output, [own], ["/w/embed/more"])
