@@ -290,15 +290,15 @@ def _continued(dirty: Iterable[Manifest], networks: Iterable[TrainedOn]) -> list
     return [(one.step, one.key) for one in networks if (one.step, one.key) in origins]
 
 
+def _source_of(inputs: Mapping[str, str]) -> str:
+    """The input that says which rows a training reads; empty if it reads none."""
+    return next((name for name in _ROWS_OF_NETWORK if name in inputs), "")
+
+
 def _contents_of(artifact: Artifact, manifest: Manifest | None) -> tuple[str, ...]:
     """The contents of which a training may say that it reads them; also of a download that was opened again."""
     before = Before.read(artifact) if manifest is None else Before.of(manifest)
     return () if before is None else (before.content, *before.former_contents)
-
-
-def _source_of(inputs: Mapping[str, str]) -> str:
-    """The input that says which rows a training reads; empty if it reads none."""
-    return next((name for name in _ROWS_OF_NETWORK if name in inputs), "")
 
 
 def _made_from(
