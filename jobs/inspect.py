@@ -24,6 +24,7 @@ from jobs.options import (
     print_warning,
     recipe_words,
     with_options,
+    with_recipe,
 )
 from pipeline.addresses import without_password
 from pipeline.errors import ConfigError, DataError
@@ -90,11 +91,12 @@ def plan(
         forgotten = Forgotten.read(workspace.root)
         rows = [_as_row(workspace, status, owner) for status in statuses]
         for row, item in zip(rows, statuses, strict=True):
+            row["reasons"] = [with_recipe(reason, words) for reason in item.reasons]
             row["forgotten_pairs"] = forgotten.trained_on(item.manifest) if item.manifest else 0
         print_json(rows)
         return ()
     for status in statuses:
-        why = "; ".join(status.reasons)
+        why = with_recipe("; ".join(status.reasons), words)
         typer.echo(f"{status.step.name:<17} {status.step.key}  {status.state:<8} {why}".rstrip())
     for note in [*unseen_inputs(resolved), *passing_inputs(resolved), *_forgotten_notes(workspace, statuses, words)]:
         typer.echo(note)

@@ -9,6 +9,7 @@ from functools import partial
 from pipeline.errors import StepError
 from pipeline.forget.rewrite import rewrite
 from pipeline.forget.search import Search
+from pipeline.recipe.appended import notes_on_appended
 from pipeline.recipe.garbage import read_artifacts
 from pipeline.recipe.steps import STEPS
 from pipeline.retrieve.changes import delete, has_rows, remove_earlier_versions, sources_of
@@ -97,6 +98,8 @@ def finish(
             compact_index(key)
             remove_earlier_versions(index)
         else:
+            for note in notes_on_appended(index, manifest.inputs, is_made_anew=True):
+                say(f"index/{key} is removed, and built by the next run: {note}")
             index.destroy()
             work = replace(work, removals=(*work.removals, ("index", key)))
         pending = replace(pending, indexes=pending.indexes[1:])

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.errors import DataError
-from pipeline.workspace.manifest import Manifest, content_of
+from pipeline.workspace.manifest import content_of
 from pipeline.workspace.store import Artifact
 
 CHANGE = re.compile(r"changes/\d{6}\.json")
@@ -51,16 +51,16 @@ def appended_embeddings(index: Artifact, inputs: Mapping[str, str]) -> list[Appe
     return list(appended)
 
 
-def notes_on_appended(index: Artifact, manifest: Manifest, *, is_made_anew: bool) -> tuple[str, ...]:
-    """What a plan says of the embeddings that a finished index took in.
+def notes_on_appended(index: Artifact, inputs: Mapping[str, str], *, is_made_anew: bool) -> tuple[str, ...]:
+    """What a plan says of the embeddings that an index took in, or what is wrong with the index.
 
     Args:
         index: The index step's artifact.
-        manifest: Its manifest.
+        inputs: Key of each input of its step, by step name.
         is_made_anew: Whether the index is made anew, or may be: then without them.
     """
     try:
-        appended = appended_embeddings(index, manifest.inputs)
+        appended = appended_embeddings(index, inputs)
         if is_made_anew:
             commands = dict.fromkeys(one.command for one in appended)
             return tuple(f"without the rows that were appended; bring them back afterwards: {one}" for one in commands)

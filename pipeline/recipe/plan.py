@@ -314,7 +314,7 @@ def plan_status(workspace: Workspace, steps: list[Step]) -> list[StepStatus]:
             if reasons:
                 outdated.add(step.name)
             if step.name == "index":
-                reasons += notes_on_appended(artifact, manifest, is_made_anew=bool(reasons))
+                reasons += notes_on_appended(artifact, step.inputs, is_made_anew=bool(reasons))
             statuses.append(StepStatus(step, "todo" if anew else "done", reasons, None if anew else manifest))
             continue
         earlier, damages = workspace.manifests(step.name)

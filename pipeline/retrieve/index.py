@@ -255,14 +255,14 @@ def _require_same_embeddings(index: Artifact, segments: Sequence[Segment]) -> No
 
 def _other_content(index: Artifact, source: Artifact, *, is_there: bool) -> str:
     """What to do about an index whose rows come from other content of some embeddings."""
-    facts = f"{index.uri}: rows of it come from {source.uri}"
-    if not is_there:
-        return f"{facts}, which is not finished or is gone; run the recipe of these embeddings first: unclip run RECIPE"
-    manifest = index.manifest()
-    own = {f"{workspace_of(index)}/{step}/{key}" for step, key in (manifest.inputs if manifest else {}).items()}
-    if source.uri in own:
-        return f"{facts}, which was made anew since; build the index anew, too: unclip run RECIPE"
-    return f"{facts}, which was appended, and made anew since; put the index together anew: unclip compact RECIPE"
+    facts, manifest = f"{index.uri}: rows of it come from {source.uri}", index.manifest()
+    inputs = manifest.inputs.items() if manifest else ()
+    if source.uri in {f"{workspace_of(index)}/{step}/{key}" for step, key in inputs}:
+        state = "was made anew since" if is_there else "is not finished"
+        return f"{facts}, which {state}; make both anew: unclip run RECIPE"
+    if is_there:
+        return f"{facts}, which was appended, and made anew since; put the index together anew: unclip compact RECIPE"
+    return f"{facts}, which was appended, and is not finished or is gone; run the recipe of these embeddings first"
 
 
 def _is_gone(index: Artifact, version: Version) -> bool:

@@ -14,8 +14,8 @@ import ray.exceptions
 
 from pipeline.addresses import without_secrets
 from pipeline.data.retries import ask_retry, with_former_contents
-from pipeline.errors import DataError, StepError, UnclipError
-from pipeline.recipe.appended import appended_embeddings
+from pipeline.errors import StepError, UnclipError
+from pipeline.recipe.appended import notes_on_appended
 from pipeline.recipe.garbage import read_artifacts
 from pipeline.recipe.plan import manifest_of
 from pipeline.recipe.steps import STEP_ROWS
@@ -93,16 +93,10 @@ def _clear(context: StepContext, warn: Callable[[str], None]) -> None:
     name, output = context.step.name, context.output
     if owner := read_artifacts(context.workspace).get((name, context.step.key)):
         raise StepError(
-            f"{name}: its inputs have other content than what it was made from, so it is to be made anew, and it is in "
-            f"use by {owner}; end it, then run again"
+            f"{name}: it is to be made anew, which would remove what is in use by {owner}; end it, then run again"
         )
-    try:
-        appended = appended_embeddings(output, context.step.inputs) if name == "index" else []
-    except DataError as error:  # to build it anew is what mends it
-        appended = []
-        warn(f"index: it is built anew, without rows that were appended; of what they were is not known: {error}")
-    for command in dict.fromkeys(one.command for one in appended):
-        warn(f"index: it is built anew, without the rows that were appended; bring them back afterwards: {command}")
+    for note in notes_on_appended(output, context.step.inputs, is_made_anew=True) if name == "index" else ():
+        warn(f"index: it is built anew: {note}")
     output.clear()
 
 

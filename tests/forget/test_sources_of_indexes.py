@@ -8,13 +8,14 @@ import pytest
 
 from pipeline.data.rows import make_uid
 from pipeline.errors import DataError
+from pipeline.forget.forget import finish
 from pipeline.retrieve import NeighbourIndex
 from pipeline.retrieve.build import SegmentBuild
 from pipeline.retrieve.changes import publish_segment, segment_of_more
 from pipeline.workspace.forgotten import Pending
 from pipeline.workspace.manifest import Manifest
 from pipeline.workspace.store import Artifact
-from tests.forget.made import BY_URL, Made, forget_names
+from tests.forget.made import BY_URL, Made, forget_names, unlocked
 from tests.retrieve.conftest import unit
 from tests.tiny.shards import make_embeddings
 
@@ -64,10 +65,14 @@ def test_an_index_of_which_all_is_forgotten_is_removed_and_named(made: Made) -> 
 
 
 def test_an_index_whose_embeddings_are_being_made_anew_is_removed(made: Made) -> None:
-    index = made.artifact("index")
+    index, embed, said = made.artifact("index"), _append(made), list[str]()
     made.artifact("filter_embeddings").clear()
     forget_names(made, BY_URL)
-    done = made.finish()
+    done = finish(made.workspace, made.compact, unlocked, said.append)
+    assert said == [
+        f"index/{index.key} is removed, and built by the next run: without the rows that were appended; bring them back "
+        f"afterwards: unclip append RECIPE {embed.uri}"
+    ]
     assert done is not None
     assert ("index", index.key) in done.removals
     assert index.names() == []

@@ -445,12 +445,12 @@ def test_an_index_of_embeddings_that_were_made_anew_is_not_searched(index: Any) 
     output.commit(Manifest(step="index", key="i", step_version=1, section={}, inputs={"embed": "base"}))
     base = workspace.artifact("embed", "base")
     base.clear()
-    with pytest.raises(StepError, match=r"embed/base, which is not finished or is gone; run the recipe of these"):
+    with pytest.raises(StepError, match=r"embed/base, which is not finished; make both anew: unclip run RECIPE"):
         NeighbourIndex.open(output)
     _embed(workspace, "base", vectors[:24])  # with the bytes of before
     assert _rows(NeighbourIndex.open(output), vectors) == set(range(24))
     _make_anew(base, vectors[:24])
-    with pytest.raises(StepError, match=r"embed/base, which was made anew since; .* anew, too: unclip run RECIPE"):
+    with pytest.raises(StepError, match=r"embed/base, which was made anew since; make both anew: unclip run RECIPE"):
         NeighbourIndex.open(output)
     with pytest.raises(StepError, match="made anew since"):
         NeighbourIndex.open(output, version_number=0)
@@ -466,6 +466,10 @@ def test_appended_embeddings_that_were_made_anew_are_put_together_again(index: A
     _make_anew(more, vectors[24:], first=24)
     with pytest.raises(StepError, match=r"embed/more, which was appended, and made anew since; .*: unclip compact"):
         NeighbourIndex.open(output)
+    more.remove("manifest.json")
+    with pytest.raises(StepError, match=r"and is not finished or is gone; run the recipe of these embeddings first"):
+        NeighbourIndex.open(output)
+    _make_anew(_embed(workspace, "more", vectors[24:], first=24), vectors[24:], first=24)
     _compact(output)
     assert _rows(NeighbourIndex.open(output), vectors) == set(range(48))
     assert appended_embeddings(output, {"embed": "base"}) == [Appended(more.uri, content_now(more))]

@@ -150,7 +150,7 @@ def test_what_is_read_is_not_made_anew_either_because_its_input_was(tmp_path: Pa
     with in_use(prior.workspace, [f"prior/{prior.step.key}"]):
         statuses.start(prior)
     assert prior.output.manifest() == manifest
-    assert "prior: its inputs have other content than what it was made from" in str(statuses.failures[0])
+    assert "prior: it is to be made anew, which would remove what is in use by process" in str(statuses.failures[0])
     assert [step.name for step in statuses.waiting] == ["decoder"]
     assert failed == [(prior.step, {"prior", "evaluate"})]
     assert warnings == [f"{statuses.failures[0]}; the steps that do not read it go on"]
@@ -172,7 +172,8 @@ def test_an_index_that_is_built_anew_says_how_its_appended_rows_come_back(tmp_pa
     commit_index(index.output, [own], ["/w/embed/more"])
     index.output.remove("segment_00001/segment.json")  # what is damaged is built anew all the same
     step_task.forget_if_inputs_changed(index, warnings.append)
-    assert "of what they were is not known" in warnings[-1]
+    assert "it is built anew: " in warnings[-1]
+    assert "no file segment_00001/segment.json" in warnings[-1]
     assert index.output.names() == [INPUTS]
 
 
