@@ -318,7 +318,8 @@ def test_plan_status_sees_that_an_input_was_made_anew_with_other_bytes(tmp_path:
 
 
 def test_plan_status_says_what_is_to_be_done_about_appended_embeddings(tmp_path: Path) -> None:
-    workspace, steps = Workspace(str(tmp_path)), make_plan(load_recipe(None), until="index")
+    words = ["configs/demo.toml", "--set", f"workspace={tmp_path}"]
+    workspace, steps = Workspace(str(tmp_path)), make_plan(load_recipe(words[0], words[2:]), until="index")
     for step in steps:
         _commit(workspace, step)
     index, embed = (artifact_of(workspace, step) for step in (steps[-1], steps[-2]))
@@ -344,6 +345,9 @@ def test_plan_status_says_what_is_to_be_done_about_appended_embeddings(tmp_path:
     assert status() == ("done", ())
     make_more(b"two")
     assert status() == ("done", (f"{more.uri} was made anew since it was appended: unclip compact RECIPE",))
+    assert (
+        f"since it was appended: unclip compact {' '.join(words)}" in CliRunner().invoke(app, ["plan", *words]).stdout
+    )
     more.clear()
     is_away = f"{more.uri}, which was appended, is not finished or is gone: run its recipe first"
     assert status() == ("done", (is_away,))
