@@ -259,7 +259,7 @@ def _with_malformed_rows(path: Path, kind: str) -> Path:
             (path / f"{number:02d}.txt").write_bytes(b"good" if good else b"\xff")
     elif kind == "shards":
         texts = {f"{number:02d}.txt": b"good" if good else b"\xff" for number, good in enumerate(is_good)}
-        _write_tar(path / "0.tar", texts | {f"{number:02d}.jpg": b"" for number in range(60)})
+        _write_tar(path / "0.tar", texts | {f"{number:02d}.jpg": str(number).encode() for number in range(60)})
     elif kind == "parquet":
         captions = [b"good" if good else b"\xff" for good in is_good]
         pq.write_table(pa.table({"url": urls, "caption": captions}), path)
