@@ -22,7 +22,7 @@ from pipeline.train.assemble import TrainJob, assemble, samples_of
 from pipeline.train.job import MetricsLog, run_job
 from pipeline.train.resume import checkpoint_name, checkpoint_steps
 from pipeline.workspace.progress import METRICS
-from pipeline.workspace.store import Artifact
+from pipeline.workspace.store import INPUTS, Artifact
 from tests.models.tiny_models import with_stages
 from tests.tiny.shards import EMBED_DIM, write_download, write_embed
 from tests.tiny.storage import fail_calls
@@ -293,7 +293,9 @@ def test_a_decoder_begins_with_the_weights_of_the_first_one(tmp_path: Path) -> N
     assert recipe.first_decoder.model.image_px == 4
     inputs, first, begun = tiny_inputs(tmp_path), tmp_path / "first", tmp_path / "decoder"
     run_job(tiny_job("first_decoder", inputs, first, recipe), no_watch)
-    run_job(tiny_job("decoder", inputs | {"first_decoder": Artifact(str(first))}, begun, recipe), no_watch)
+    Artifact(str(first)).write_json(INPUTS, {"embed": "1"})
+    metrics = run_job(tiny_job("decoder", inputs | {"first_decoder": Artifact(str(first))}, begun, recipe), no_watch)
+    assert metrics["begun_with"] == {"name": "first_decoder", "key": "first", "input_contents": {"embed": "1"}}
     run_job(tiny_job("decoder", inputs, tmp_path / "other", recipe), no_watch)
     weights = [load_file(folder / "model.safetensors") for folder in (first, begun, tmp_path / "other")]
     for name, value in weights[0].items():
