@@ -11,12 +11,12 @@ them with half of the samples. No Ray runs. A recipe without a row was not measu
 
 Rows of earlier calls stay. Compare only rows in which `share`, `seconds`, `prompts`, `device` and `demo_key` are equal:
 the last one changes with the demo's settings and with the versions of its steps, `recipe_key` with those of the row's
-own recipe. Rows without a `demo_key` are of the demo as it was: without a first decoder, with heads that read both ways
-and 2,200 steps of the decoder, of which they took half.
+own recipe. Rows without a `demo_key` are of the demo as it was, with 2,200 steps of the decoder, of which they took
+half.
 
-All recipes but without-first, which has the demo's time of before, see the same number of samples, or the same share
-of them, and not the same time of a processor: one attention is a tenth faster than the demo, and batches of 32 are
-twice as many steps of the optimizer. With `--seconds` each decoder gets as many steps as its own step, which is timed
+All recipes but first-decoder, which has 320,000 small samples and 128,000 others for the demo's 218,000, see the same
+number of samples, or the same share of them, and not the same time of a processor: one attention is a tenth faster
+than the demo, and batches of 32 are twice as many steps of the optimizer. With `--seconds` each decoder gets as many steps as its own step, which is timed
 first, allows in so many seconds of processor time (on a GPU seconds); a first decoder and the decoder get half of them
 each. `steps` are those of both, and `train_s` is the mean time of a row's trainings, to read the rates by; results that
 are older than a column lack it.

@@ -185,11 +185,9 @@ def test_plan_prints_costs_as_json() -> None:
     answer = unclip_json("plan", "configs/demo.toml", "--cost")
     assert answer["bill"] is None  # it names no price
     rows = answer["networks"]
-    names = ["clip", "prior", "first_decoder", "decoder", "upsampler_1", "upsampler_2"]
-    assert [row["name"] for row in rows] == names
+    assert [row["name"] for row in rows] == ["clip", "prior", "decoder", "upsampler_1", "upsampler_2"]
     assert all(row["training_bytes"] > row["activations_bytes"] > 0 for row in rows)
-    assert rows[3]["training_flops"] > 2 * rows[2]["training_flops"]
-    assert rows[3]["h100_hours"] < rows[3]["a100_hours"]
+    assert rows[2]["h100_hours"] < rows[2]["a100_hours"]
 
 
 def test_a_noise_aware_clip_is_counted_with_the_gradient_of_its_guidance(tiny: Recipe) -> None:

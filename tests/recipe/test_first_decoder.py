@@ -16,6 +16,7 @@ _DECODER = {
     "resources": {"num_workers": 2},
 }
 _SAMPLER = "first_decoder.model.sampler.guidance_scale=3.5"
+_RECIPE = "configs/ablations/first-decoder.toml"
 
 
 def _recipe(**first: object) -> Recipe:
@@ -55,12 +56,12 @@ def test_its_side_may_be_another_one() -> None:
 )
 def test_what_the_decoder_cannot_begin_with_is_refused_by_its_name(override: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        load_recipe("configs/demo.toml", [override])
+        load_recipe(_RECIPE, [override])
 
 
 def test_a_mistake_in_the_decoders_tables_is_said_once() -> None:
     with pytest.raises(ConfigError) as error:
-        load_recipe("configs/demo.toml", ["decoder.model.unet.channels=many"])
+        load_recipe(_RECIPE, ["decoder.model.unet.channels=many"])
     assert str(error.value).count("channels") == 1
     assert "decoder.model.unet.channels: Input should be a valid integer, got 'many'" in str(error.value)
     with pytest.raises(ConfigError, match=r"did you mean decoder\.model\.pooled_drop_prob\?"):
@@ -68,13 +69,13 @@ def test_a_mistake_in_the_decoders_tables_is_said_once() -> None:
 
 
 def test_its_sampler_is_no_part_of_what_is_measured() -> None:
-    keys = [make_plan(load_recipe("configs/demo.toml", changes))[-1].key for changes in ([], [_SAMPLER])]
+    keys = [make_plan(load_recipe(_RECIPE, changes))[-1].key for changes in ([], [_SAMPLER])]
     assert keys[0] == keys[1]
 
 
 def test_the_decoder_waits_for_it_and_its_key_holds_it() -> None:
     with_it, changed, without = (
-        {step.name: step for step in make_plan(load_recipe("configs/demo.toml", overrides))}
+        {step.name: step for step in make_plan(load_recipe(_RECIPE, overrides))}
         for overrides in ([], ["first_decoder.train.num_steps=99"], ["first_decoder=false"])
     )
     assert "first_decoder" in with_it["decoder"].inputs

@@ -346,10 +346,10 @@ def test_phases_of_a_training_are_tables_of_a_recipe() -> None:
 
 
 def test_fewer_steps_than_a_phase_begins_at_say_what_to_set() -> None:
-    demo = "configs/demo.toml"
-    first = load_recipe(demo).decoder.train.phases[0].from_step
+    path = "configs/ablations/one-way-heads.toml"
+    first = load_recipe(path).decoder.train.phases[0].from_step
     said = rf"decoder\.train: phases\[0\]\.from_step is {first}: after 0 and at most 1000; lower it, or set phases=\[\]"
     with pytest.raises(ConfigError, match=said):
-        load_recipe(demo, ["decoder.train.num_steps=1000"])
-    recipe = load_recipe(demo, ["decoder.train.num_steps=1000", "decoder.train.phases=[]"])
+        load_recipe(path, ["decoder.train.num_steps=1000"])
+    recipe = load_recipe(path, ["decoder.train.num_steps=1000", "decoder.train.phases=[]"])
     assert recipe.decoder.train.total_steps == 1000

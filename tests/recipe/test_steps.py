@@ -35,13 +35,12 @@ CONTENTS = {
         download cfaf94e8bb9c5a4c
         clip b07bc07c2f50986b
         embed 7e8d0e3cfd20cc05
-        first_decoder 343a6ffbca438ba2
-        decoder 015745988d43b201
+        decoder a9dbec24c6f15eb1
         index 9bd77eb34a77de8e
         prior bef8513bb65538b8
         upsampler_1 db6267ee42069dcd
         upsampler_2 ef41a2313ea74048
-        evaluate 26321dad4089ea08
+        evaluate c4d3a05538f535b8
     """,
     "karlo": """
         pairs 4821ac1be30e312a

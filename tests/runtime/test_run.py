@@ -324,7 +324,7 @@ def test_a_run_warns_of_a_checkpoint_that_will_be_removed(tmp_path: Path) -> Non
     observer: Any = SimpleNamespace(warned=warnings.append)
     for file, is_said in (("live/checkpoints/00000004.safetensors", True), ("kept.safetensors", False)):
         warnings.clear()
-        changes = [f"workspace={tmp_path}", "tracking.uri=off", f"prior.init_from={tmp_path}/{file}"]
+        changes = [f"workspace={tmp_path}", "tracking.uri=off", f"decoder.init_from={tmp_path}/{file}"]
         run.run_recipe(load_recipe(_DEMO, changes), [], observer)
         assert ["copy it elsewhere and name the copy" in warning for warning in warnings] == [True] * is_said
 
