@@ -1,13 +1,14 @@
 """A look at the machines of a cluster: whether each on which a step may run has packages and workspace of the run.
 
-All are looked at before the first step begins, those that come later when they come.
+All are looked at before the first step begins, and the run is refused if one is unfit. Those that come later are looked
+at when they come: a run that works on others goes on, and says which one is unfit.
 """
 
 import contextlib
 import platform
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,18 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, UnclipError
 from pipeline.recipe.plan import Step
 from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.packages import complaint
-from pipeline.runtime.placement import amounts_of, cluster_has_roles, machine_has, worker_options
+from pipeline.runtime.placement import amounts_of, cluster_has_roles, living_machines, machine_has, worker_options
 from pipeline.workspace.store import Workspace
 
 SEEN = "machines.json"
 """A number of the run that goes on, in ``recipes/<name>``, which every machine must see."""
 _EVERY_S = 5.0
 _SHOWS_WITHIN_S = 25.0  # a shared folder may show new files late; shorter than the longest look
-LONGEST_LOOK_S = 30.0
+_LONGEST_LOOK_S = 30.0
 """A machine that has not answered by then is judged when it does."""
 
 
@@ -36,12 +37,13 @@ class Machines:
     Args:
         recipe: The recipe of the run.
         steps: Its steps that are not done; none: no machine is looked at.
+        warn: Receives what is wrong with a machine that comes later.
 
     Raises:
-        ConfigError: As ``look``.
+        ConfigError: If one of them lacks packages, or does not see the workspace; names all such machines.
     """
 
-    def __init__(self, recipe: Recipe, steps: Sequence[Step]) -> None:
+    def __init__(self, recipe: Recipe, steps: Sequence[Step], warn: Callable[[str], None]) -> None:
         has_roles = bool(steps) and cluster_has_roles()
         sections = {step.name: getattr(recipe, step.name) for step in steps}
         self._workers = [
@@ -59,8 +61,13 @@ class Machines:
             self._file = f"{home.uri}/{SEEN}"
         self._asked: dict[str, Any] = {}
         """What each machine's task will return, by the machine; None once it has answered or gone."""
+        self._unfit: dict[str, str] = {}
+        """What is wrong with which machine, by the machine."""
+        self._has_fit = False
         self._looked_at = float("-inf")
-        self.look(wait_s=LONGEST_LOOK_S)
+        if unfit := self._find_unfit(_LONGEST_LOOK_S):
+            raise ConfigError(unfit)
+        self._warn = warn
 
     def look(self, *, wait_s: float = 0.0) -> None:
         """Ask the machines that have not been asked, and read the answers that are there.
@@ -69,10 +76,30 @@ class Machines:
             wait_s: Longest time to wait for answers; 0: none, and not more often than every few seconds.
 
         Raises:
-            ConfigError: If a machine lacks packages, or does not see the workspace; names all such machines.
+            ConfigError: If a machine is unfit, and none has been fit so far: then no step has begun to work.
         """
-        if not self._workers or (not wait_s and time.monotonic() - self._looked_at < _EVERY_S):
+        if not wait_s and time.monotonic() - self._looked_at < _EVERY_S:
             return
+        if unfit := self._find_unfit(wait_s):
+            if not self._has_fit:
+                raise ConfigError(unfit)
+            self._warn(f"a machine has come on which steps fail, take it out of the cluster: {unfit}")
+
+    def explain(self, error: UnclipError) -> UnclipError:
+        """The failure of a step, with the unfit machines that are there, which may be why; looks first.
+
+        Raises:
+            ConfigError: As ``look``.
+        """
+        self.look(wait_s=_LONGEST_LOOK_S)
+        there = living_machines() if self._unfit else set[str]()
+        unfit = "; ".join(sorted({words for machine, words in self._unfit.items() if machine in there}))
+        return type(error)(f"{error}; perhaps it ran on an unfit machine: {unfit}") if unfit else error
+
+    def _find_unfit(self, wait_s: float) -> str:
+        """What is wrong with the machines of which that is known since now; empty if nothing."""
+        if not self._workers:
+            return ""
         self._looked_at = time.monotonic()
         for node in ray.nodes():
             if node["NodeID"] not in self._asked and self._may_work(node):
@@ -83,24 +110,31 @@ class Machines:
         answered, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=wait_s) if waiting else ([], [])
         complaints, elsewhere = list[str](), list[str]()
         for task in answered:
-            self._asked[waiting[task]] = None
+            machine = waiting[task]
+            self._asked[machine] = None
             try:
                 lack, name = ray.get(task)
             except ray.exceptions.RayError:  # the machine has gone, or gives up its task: its work will tell
                 continue
             complaints += filter(None, [lack])
             elsewhere += filter(None, [name])
+            if lack or name:
+                self._unfit[machine] = lack or f"{name} does not see the workspace"
+            else:
+                self._has_fit = True
+        unfit = list[str]()
         if complaints:
-            raise ConfigError(
+            unfit.append(
                 f"{'; '.join(sorted(complaints))}: no step can run there; start the cluster's machines from an "
                 "environment with unclip's dependencies, as the setup_commands of cluster.yaml and the Dockerfile do"
             )
         if elsewhere:
-            raise ConfigError(
+            unfit.append(
                 f"{', '.join(sorted(elsewhere))}: {self._workspace.root} is another folder there than here, and every "
                 'machine must share the workspace: name a bucket (workspace = "s3://BUCKET/PREFIX"), or a folder of a '
                 "shared file system"
             )
+        return "; ".join(unfit)
 
     def _may_work(self, node: dict[str, Any]) -> bool:
         return node["Alive"] and any(machine_has(node, amounts_of(worker), worker) for worker in self._workers)

@@ -19,7 +19,7 @@ from pipeline.runtime.connection import are_alive, connect, own_servers, require
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.forget import finish_forgetting
 from pipeline.runtime.head import watched_head
-from pipeline.runtime.machines import LONGEST_LOOK_S, Machines
+from pipeline.runtime.machines import Machines
 from pipeline.runtime.observer import Forecast, Observer
 from pipeline.runtime.soon import Soon
 from pipeline.runtime.step_task import cancel_step, commit_step, result_of, start_step
@@ -137,7 +137,8 @@ def _run_steps(
     running, notices, servers = steps.running, dict[str, str](), own_servers()
     forecast, waits = Forecast(recipe, steps.waiting, observer, can_grow=not servers), Waits(servers)
     # This machine has what it needs, for it has come so far.
-    machines, soon = Machines(recipe, () if servers else steps.waiting), Soon(recipe, is_cluster=not servers)
+    machines = Machines(recipe, () if servers else steps.waiting, observer.warned)
+    soon = Soon(recipe, is_cluster=not servers)
     try:
         while steps.waiting or running:
             require_alive(servers)
@@ -161,8 +162,7 @@ def _run_steps(
                 try:
                     manifest = commit_step(context, result_of(reference, context, late), tracking)
                 except UnclipError as error:
-                    machines.look(wait_s=LONGEST_LOOK_S)  # one that has just come may be why
-                    steps.fail(error, context)
+                    steps.fail(machines.explain(error), context)  # one that has just come may be why
                 else:
                     steps.done.add(context.step.name)
                     observer.finished(context.step, manifest)
