@@ -136,8 +136,9 @@ class TrainResources:
 
     num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
     """Data-parallel workers. They divide every global batch among them, to within one sample. With [fewest, most] the
-    training starts with as many as there is room for, goes on with fewer when a machine is lost, and with more when
-    there is room again: the same training up to rounding."""
+    training starts with as many as there is room for on machines with the workers' labels, beside what else runs there,
+    goes on with fewer when a machine is lost, and with more when there is room again: the same training up to rounding.
+    """
     micro_batch_size: NonNegativeInt | Literal["auto"] = 0
     """Most samples in one forward and backward pass of a worker, which bounds its memory; 0: its whole share of the
     batch; "auto": all of it or the largest power of two that fits, counted as `plan --cost` counts it, once, before the
@@ -191,8 +192,8 @@ class TrainResources:
     """Restarts after memory did not suffice, of the GPU or of the machine (Ray or the kernel has ended a worker), each
     with half the micro_batch_size: the same training up to rounding."""
     resize_every_s: PositiveFloat = 300.0
-    """With [fewest, most] workers: seconds between looks whether there is room for more, who then begin with all others
-    at the newest checkpoint."""
+    """With [fewest, most] workers: seconds between looks whether there is room for more; if so, all end with a checkpoint
+    and begin there with the others."""
     max_wait_s: PositiveFloat = 86_400.0
     """Seconds that a training waits for machines with room for its workers, at its start and after a loss; then it
     fails and says what it waited for. Its checkpoints are kept, and the next run continues it."""

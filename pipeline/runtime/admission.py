@@ -16,9 +16,9 @@ from pipeline.runtime.placement import (
     amounts_of,
     cluster_has_roles,
     describe,
+    needed,
     room_for,
     too_large,
-    unoffered,
     worker_options,
 )
 from pipeline.runtime.step_task import cancel_step
@@ -137,7 +137,7 @@ class Waits:
         resources = context.recipe.trained()[name].resources
         options = worker_options(name, resources, has_roles=cluster_has_roles())
         return StepError(
-            f"{name}: waited {duration(time.monotonic() - self._since[name])} for {resources.fewest_workers} x "
-            f"{describe(options)}{unoffered(options)}. Add machines, or change {name}.resources (label_selector, "
+            f"{name}: waited {duration(time.monotonic() - self._since[name])} for "
+            f"{needed(resources.fewest_workers, options)}. Add machines, or change {name}.resources (label_selector, "
             "num_workers, max_wait_s), and run again: its checkpoints are kept"
         )

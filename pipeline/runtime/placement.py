@@ -6,9 +6,12 @@ eight GPUs, and every controller for the head, which no spot market takes away. 
 first; where no machine has a role, only it counts.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
+from ray._private.state import state as ray_state
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.recipe.sections import TaskResources
@@ -67,12 +70,12 @@ def packing(options: dict[str, Any], num_workers: int) -> str:
     """How Ray places the workers of a training: on one machine, if one that is there is large enough for all of them.
 
     They wait for that machine then, also where there is room for them on several, between which a training is slower.
+    One that Ray takes away counts no more.
     Of a larger training PACK fills the machines one after the other as far as they are free: Ray has no stricter word
     for workers on several whole machines.
     """
     needs = {name: amount * num_workers for name, amount in amounts_of(options).items()}
-    fits = any(node["Alive"] and machine_has(node, needs, options) for node in ray.nodes())
-    return "STRICT_PACK" if fits else "PACK"
+    return "STRICT_PACK" if any(machine_has(node, needs, options) for node in _machines_that_stay()) else "PACK"
 
 
 def controller_options(*, has_roles: bool) -> dict[str, Any]:
@@ -96,6 +99,12 @@ def living_machines() -> set[str]:
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
+def _machines_that_stay() -> list[dict[str, Any]]:
+    """The machines to which Ray sends work: on one that is drained it places nothing."""
+    leaving = ray_state.get_draining_nodes()
+    return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+
+
 def describe(options: dict[str, Any]) -> str:
     """What a worker with these options asks for, for people."""
     words = f"{options['num_cpus']:g} CPU" + (" and 1 GPU" if options["num_gpus"] else "")
@@ -105,6 +114,11 @@ def describe(options: dict[str, Any]) -> str:
         words += f", {options['resources'][DISK]:g} GB of disk"
     labels = ", ".join(f"{name}={value}" for name, value in options.get("label_selector", {}).items())
     return f"{words} on a machine with {labels}" if labels else words
+
+
+def needed(num_workers: int, options: dict[str, Any]) -> str:
+    """What so many workers wait for, for people, and whether no machine that is there now has it."""
+    return f"{num_workers} x {describe(options)}{unoffered(options)}"
 
 
 def unoffered(options: dict[str, Any]) -> str:
@@ -125,9 +139,21 @@ def room_for(options: dict[str, Any]) -> int:
 
     Counted as Ray counts, in ten-thousandths: ten workers of a tenth of a CPU fit on one.
     """
+    nodes = [node for node in ray.nodes() if node["Alive"] and machine_has(node, {}, options)]
+    return _num_fitting([node["Resources"] for node in nodes], options)
+
+
+def free_room(options: dict[str, Any]) -> int:
+    """Workers for which Ray has room at this moment, beside all that runs; known a second late."""
+    free = available_resources_per_node()
+    nodes = [node for node in _machines_that_stay() if machine_has(node, {}, options)]
+    return _num_fitting([free.get(node["NodeID"], {}) for node in nodes], options)
+
+
+def _num_fitting(rooms: Sequence[dict[str, float]], options: dict[str, Any]) -> int:
+    """Workers with these options that fit into machines of which so much is there."""
     needs = {name: max(1, _ray_units(amount)) for name, amount in amounts_of(options).items()}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and machine_has(node, {}, options)]
-    return sum(min(_ray_units(has.get(name, 0)) // units for name, units in needs.items()) for has in nodes)
+    return sum(min(_ray_units(room.get(name, 0)) // units for name, units in needs.items()) for room in rooms)
 
 
 def _ray_units(amount: float) -> int:

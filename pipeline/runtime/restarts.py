@@ -11,7 +11,8 @@ from pipeline.runtime.context import StepContext
 from pipeline.workspace.store import LIVE
 
 Json = dict[str, Any]
-Kind = Literal["finished", "preempted", "out_of_memory", "failed"]
+Kind = Literal["finished", "resized", "preempted", "out_of_memory", "failed"]
+"""``resized``: it has ended to begin again with more workers, which no budget counts."""
 _COUNTED = f"{LIVE}restarts.json"
 _COUNTS = {"preempted": "num_preemptions", "out_of_memory": "num_out_of_memory", "failed": "num_failures"}
 
@@ -66,6 +67,10 @@ class Restarts:
                 sample at a time.
         """
         context, name = self._context, self._context.step.name
+        notice = f"{end.cause}; it goes on from its newest checkpoint"
+        if end.kind == "resized":
+            self._context = replace(context, notice=notice)
+            return self._context
         section = context.recipe.trained()[name]
         self._counts[end.kind] += 1
         self._in_all_runs[_COUNTS[end.kind]] += 1
@@ -78,7 +83,6 @@ class Restarts:
                 f"{name}: training {_WORDS[end.kind]} more than {limit} times: {end.cause}; its checkpoints are kept "
                 f"in {context.output.uri}; run again to continue"
             )
-        notice = f"{end.cause}; it goes on from its newest checkpoint"
         if end.kind == "out_of_memory":
             half = (end.largest_pass + 1) // 2
             if not _can_be_halved(section, end.largest_pass):

@@ -1,4 +1,4 @@
-"""Why a training should end early: the run is interrupted, its process gets SIGTERM, or Ray drains its machine.
+"""Why a training should end early: a run that is interrupted, SIGTERM, a drained machine, or room for more workers.
 
 The driver asks through a file beside the training's progress, because it shares nothing but the workspace with the
 workers.
@@ -24,6 +24,8 @@ _POLL_S = 1.0
 _DRAIN_POLL_S = 5.0
 _LAST_LOOK_S = 5.0
 """Longest wait for a look that is under way when the training has ended."""
+ROOM = "there is room for more workers"
+"""The reason of a training that ends to begin again with more workers."""
 NOTICE_S = 120.0
 """A training on a machine that Ray takes away goes on until so long before that."""
 
@@ -63,11 +65,17 @@ class _Termination:
 
 
 _termination = _Termination()
+_has_room = threading.Event()
 
 
 def handle_sigterm() -> None:
     """Let SIGTERM end the trainings of this process early; for processes whose trainings run in another thread."""
     _termination.install()
+
+
+def tell_of_room() -> None:
+    """Let the training of this process end, so that it begins again with more workers."""
+    _has_room.set()
 
 
 class StopNotice:
@@ -94,6 +102,7 @@ class StopNotice:
         if self._is_main:
             _termination.install()
         _termination.is_training, _termination.is_noted = True, False
+        _has_room.clear()
         for thread in self._threads:
             thread.start()
         return self
@@ -108,7 +117,9 @@ class StopNotice:
 
     def __call__(self) -> str:
         """Why; empty if it should go on."""
-        return "its process got SIGTERM" if _termination.is_noted else self._reason
+        if _termination.is_noted:
+            return "its process got SIGTERM"
+        return self._reason or (ROOM if _has_room.is_set() else "")
 
     def _watch(self, look: Callable[[], str]) -> None:
         failures = set[str]()

@@ -9,6 +9,7 @@ process that waits for it stays small.
 import contextlib
 import os
 import signal
+import tempfile
 import threading
 import uuid
 from collections.abc import Generator
@@ -28,15 +29,13 @@ from pipeline.runtime.lost_workers import end_of, forget_places, here, last_line
 from pipeline.runtime.memory import with_counted_part
 from pipeline.runtime.placement import (
     cluster_has_roles,
-    describe,
     living_machines,
-    packing,
+    needed,
     scaling_options,
-    unoffered,
     worker_options,
 )
 from pipeline.runtime.restarts import End, Restarts, out_of_memory
-from pipeline.runtime.stopping import StopNotice, handle_sigterm, is_stop_requested
+from pipeline.runtime.stopping import ROOM, StopNotice, handle_sigterm, is_stop_requested
 from pipeline.runtime.validate import ValidationsBeside
 from pipeline.runtime.worker_logs import logged
 from pipeline.workspace.fence import begin_attempt
@@ -96,7 +95,7 @@ def _fit(context: StepContext, micro_batch_in_recipe: int | str) -> End:
             size = needs.micro_batch_size
             ended_with = {} if size == micro_batch_in_recipe else {"micro_batch_size": size}
             return replace(end, metrics=end.metrics | restarts.metrics | ended_with)
-        if end.kind == "preempted" and is_stop_requested(context.output):
+        if end.kind in {"preempted", "resized"} and is_stop_requested(context.output):
             raise StepError(f"{context.step.name}: {end.cause}; run again to continue")
         context = restarts.next(end)
 
@@ -105,9 +104,7 @@ def _options(context: StepContext, resources: TrainResources) -> Json:
     """What each worker asks Ray for; the progress says that it is waited for."""
     options = worker_options(context.step.name, resources, has_roles=cluster_has_roles())
     progress = Progress(context.output, waits=True, notice=context.notice)
-    progress.update(
-        0, 1, "", f"waiting for {resources.fewest_workers} x {describe(options)}{unoffered(options)}", force=True
-    )
+    progress.update(0, 1, "", f"waiting for {needed(resources.fewest_workers, options)}", force=True)
     return options
 
 
@@ -129,10 +126,12 @@ def _fit_one(context: StepContext, resources: TrainResources) -> End:
 
 
 def _fit_many(context: StepContext, resources: TrainResources) -> End:
-    """Train on several workers: Ray Train forms the process group, and another one when there is room for more."""
+    """Train on several workers: Ray Train forms the process group."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
     from ray.train.v2.api.exceptions import PreemptionError
+
+    from pipeline.runtime.scaling import RoomPolicy, RoomTrainer
 
     output = context.output
     for file in (_ERROR, _END):
@@ -141,28 +140,25 @@ def _fit_many(context: StepContext, resources: TrainResources) -> End:
     os.environ.update({key: value for key, value in _RAY_TRAIN_SETTINGS.items() if key not in os.environ})
     num_gpus = _num_gpus(resources)
     options = _options(context, resources)
-    trainer = TorchTrainer(
-        _run_ranked,
-        train_loop_config={"context": context},
-        torch_config=TorchConfig(backend="nccl" if num_gpus else "gloo", timeout_s=resources.hang_timeout_s),
-        scaling_config=ScalingConfig(
-            num_workers=resources.num_workers,
-            use_gpu=num_gpus > 0,
-            elastic_resize_monitor_interval_s=resources.resize_every_s,
-            placement_strategy="PACK" if resources.is_elastic else packing(options, resources.most_workers),
-            **scaling_options(options),
-        ),
-        run_config=RunConfig(
-            name=f"{context.step.name}-{context.step.key}",
-            storage_path=f"{output.uri}/{LIVE}ray",
-            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
-            callbacks=_callbacks(context),
-        ),
-    )
+    scaling = ScalingConfig(num_workers=resources.num_workers, use_gpu=num_gpus > 0, **scaling_options(options))
     machines = living_machines()
     try:
-        with _own_interrupts():
-            trainer.fit()
+        # Ray Train looks whether it can write where checkpoints would be that nobody reports to it. Its own drivers of
+        # stores know fewer addresses than ours, and its controller stands on the machine of this process.
+        with tempfile.TemporaryDirectory(prefix="unclip-") as folder, _own_interrupts():
+            RoomTrainer(
+                _run_ranked,
+                policy=RoomPolicy(scaling, context, options),
+                train_loop_config={"context": context},
+                torch_config=TorchConfig(backend="nccl" if num_gpus else "gloo", timeout_s=resources.hang_timeout_s),
+                scaling_config=scaling,
+                run_config=RunConfig(
+                    name=f"{context.step.name}-{context.step.key}",
+                    storage_path=folder,
+                    failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),
+                    callbacks=_callbacks(context),
+                ),
+            ).fit()
     except PreemptionError:
         return End("preempted", "its machine was taken away")
     except (TrainingFailedError, ray.exceptions.RayError) as error:  # the latter if the controller itself is lost
@@ -194,7 +190,7 @@ def _callbacks(context: StepContext) -> list[Any]:
 
     class NotePlaces(WorkerGroupCallback):
         def before_worker_group_start(self, worker_group_context: Any) -> None:  # noqa: ARG002  (Ray's signature)
-            """Called before each group of workers, also of another number."""
+            """Called before each try to form a group of workers."""
             forget_places(context.own_output)
 
         def after_worker_group_start(self, worker_group: Any) -> None:
@@ -263,7 +259,7 @@ def _run_worker(context: StepContext, rank: int = 0, world_size: int = 1) -> End
     except StoppedError as error:
         if rank == 0:
             progress.update(error.step, section.train.total_steps, "steps", str(error), force=True)
-        return End("preempted", str(error))
+        return End("resized" if error.reason == ROOM else "preempted", str(error))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -44,7 +44,8 @@ def _tables(workspace: str, port: int) -> dict[str, Any]:
         evaluate={"num_prompts": 4, "num_shown": 2, "num_images_per_shown": 1, "batch_size": 4, **one_worker},
     )
     short = training(4, batch_size=4, save_every_steps=2, log_every_steps=2)
-    return merge(tables, dict.fromkeys(TRAINED, short)) | {"workspace": workspace}
+    tables = merge(tables, dict.fromkeys(TRAINED, short)) | {"workspace": workspace}
+    return merge(tables, {"upsampler_1": {"resources": {"num_workers": 2, "cpus_per_worker": 0.5}}})
 
 
 def _run(recipe: Recipe) -> dict[str, dict[str, str]]:
@@ -73,7 +74,7 @@ def test_a_recipe_on_a_store_with_faults_has_the_bytes_of_one_here(
         try:
             here = _run(parse_recipe(_tables(str(tmp_path / "w"), pictures)))
             with faulty(server, port, _CUT_IN) as cuts:
-                assert _run(parse_recipe(_tables("s3://faulty/w", pictures))) == here
+                assert _run(parse_recipe(_tables("s3a://faulty/w", pictures))) == here
             assert sorted(cuts) == sorted(_CUT_IN)
         finally:
             ray.shutdown()

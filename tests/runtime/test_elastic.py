@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import ray
 import torch
 from ray.cluster_utils import Cluster
+from ray.util.placement_group import placement_group_table
 from safetensors.torch import load_file
 
 from pipeline.errors import ConfigError
@@ -22,9 +24,10 @@ from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.recipe.schedule import needs_of
 from pipeline.runtime.connection import connect
 from pipeline.runtime.context import StepContext
+from pipeline.runtime.placement import ROLE, controller_options
 from pipeline.runtime.train import run_training
 from pipeline.workspace.progress import METRICS, read_progress
-from pipeline.workspace.store import Artifact
+from pipeline.workspace.store import LIVE, Artifact
 from tests.tiny.cluster import cluster_without_cpus
 from tests.tiny.faults import FaultyContext, train_controllers, train_workers
 from tests.tiny.recipe import tiny_tables
@@ -116,6 +119,10 @@ def test_a_machine_that_is_lost_and_one_that_comes(
         _wait_for(output, [most], done)
         cluster.remove_node(first, allow_graceful=False)
         _wait_for(output, [most, fewest], done)
+        progress = read_progress(output)
+        assert progress is not None
+        assert progress.notice.startswith("a machine was lost (")
+        assert progress.notice.endswith("); it goes on from its newest checkpoint")
         cluster.add_node(num_cpus=1)
         _wait_for(output, [most, fewest, most], done)
         metrics = ray.get(task).metrics
@@ -124,13 +131,73 @@ def test_a_machine_that_is_lost_and_one_that_comes(
     progress = read_progress(output)
     assert progress is not None
     assert fewest * progress.wall_s < progress.node_s < most * progress.wall_s
-    assert progress.notice.startswith("a machine was lost (")
-    assert progress.notice.endswith("); it goes on from its newest checkpoint")
+    words = r"ended after step \d+, with a checkpoint: there is room for more workers; it goes on from its newest checkpoint"
+    assert re.fullmatch(words, progress.notice)
     assert [number for number, _ in _parts(output)] == [most, fewest, most]
     assert sum(steps for _, steps in _parts(output)) == num_steps
     changed = load_file(output.path("model.safetensors"))
     for name, weight in _calm_weights(tmp_path / "alone", **size).items():
         torch.testing.assert_close(changed[name], weight, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@ray.remote(num_cpus=1)
+class _Holder:
+    """Has its CPU when it answers."""
+
+    def is_there(self) -> bool:
+        return True
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+@pytest.mark.slow
+def test_only_room_that_the_workers_can_have_changes_their_number(cluster: Cluster, tmp_path: Path) -> None:
+    never = {"save_every_steps": 2 * NUM_STEPS}  # so that the only checkpoint is that of the change
+    elastic, done = (
+        upsampler_context(_recipe(tmp_path, num_workers=[1, 3], resize_every_s=3.0, **never)),
+        threading.Event(),
+    )
+    for role in ("train", "train", "train", "embed"):
+        cluster.add_node(num_cpus=1, labels={ROLE: role})
+    with connect(cluster.address):
+        other: Any = _Holder.options(label_selector={ROLE: "train"}).remote()
+        ray.get(other.is_there.remote())
+        task = ray.remote(num_cpus=0, max_retries=0)(run_training).remote(elastic)
+        threading.Thread(target=lambda: (ray.wait([task]), done.set()), daemon=True).start()
+        _wait_for(elastic.output, [2], done)
+        cluster.add_node(num_cpus=1, labels={ROLE: "embed"})
+        begun = sum(steps for _, steps in _parts(elastic.output))
+        _wait_for_steps(elastic.output, begun + 2 * SAVE_EVERY)
+        ray.kill(other)
+        _wait_for(elastic.output, [2, 3], done)
+        metrics = ray.get(task).metrics
+    assert metrics["num_steps"] == NUM_STEPS
+    assert not {"num_preemptions", "num_failures"} & metrics.keys()
+    assert [number for number, _ in _parts(elastic.output)] == [2, 3]
+    assert sum(steps for _, steps in _parts(elastic.output)) == NUM_STEPS
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+@pytest.mark.slow
+def test_a_training_that_waits_for_a_machine_which_goes_takes_smaller_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
+    context = upsampler_context(_recipe(tmp_path, num_steps=6, num_workers=2))
+    with cluster_without_cpus() as cluster, connect(cluster.address):
+        here = controller_options(has_roles=False)
+        large = cluster.add_node(num_cpus=2)
+        holders: list[Any] = [_Holder.remote() for _ in range(2)]
+        ray.get([holder.is_there.remote() for holder in holders])
+        small = [cluster.add_node(num_cpus=1) for _ in range(2)]
+        task = ray.remote(max_retries=0, **here)(run_training).remote(context)
+        while not any(group["strategy"] == "STRICT_PACK" for group in placement_group_table().values()):
+            assert not ray.wait([task], timeout=0.1)[0]
+        cluster.remove_node(large)
+        assert ray.get(task).metrics["num_steps"] == 6
+        places = context.output.read_json(f"{LIVE}workers.json")["workers"]
+        assert {place["machine"] for place in places} == {node.node_id for node in small}
 
 
 @pytest.mark.ray

@@ -49,6 +49,16 @@ def _with_little_memory(enough_for: int, at_step: int) -> Any:
     return make
 
 
+def test_a_start_with_more_workers_takes_nothing_of_a_budget(tmp_path: Path) -> None:
+    restarts = Restarts(upsampler_context(_recipe(tmp_path, max_preemptions=0)))
+    for _ in range(3):
+        context = restarts.next(End("resized", "there was room"))
+    assert context.notice == "there was room; it goes on from its newest checkpoint"
+    assert not restarts.metrics
+    with pytest.raises(StepError, match="was preempted more than 0 times"):
+        restarts.next(End("preempted", "its machine was taken away"))
+
+
 def test_a_training_goes_on_with_half_the_micro_batch_and_is_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.runtime import stopping
-from pipeline.runtime.stopping import NOTICE_S, STOP, StopNotice, is_leaving, request_stop
+from pipeline.runtime.stopping import NOTICE_S, ROOM, STOP, StopNotice, is_leaving, request_stop, tell_of_room
 from pipeline.train.job import run_job
 from pipeline.train.resume import checkpoint_steps
 from pipeline.train.stop import StoppedError
@@ -72,6 +72,25 @@ def test_a_training_ends_when_the_driver_asks(
         with pytest.raises(StoppedError, match="ended after step 4, with a checkpoint: the run was asked to end"):
             run_job(job, ask, notice)
     assert job.output.exists(STOP)
+
+
+def test_a_training_that_can_have_more_workers_ends_with_a_checkpoint(
+    inputs: dict[str, Artifact], tmp_path: Path
+) -> None:
+    job = tiny_job("upsampler_1", inputs, tmp_path)
+
+    def tell(done: int, total: int, message: str) -> None:
+        if done == 3:
+            tell_of_room()
+
+    with (
+        pytest.raises(StoppedError, match=f"ended after step 4, with a checkpoint: {ROOM}$") as stopped,
+        StopNotice(job.output, reads_requests=True) as notice,
+    ):
+        run_job(job, tell, notice)
+    assert stopped.value.reason == ROOM
+    with StopNotice(job.output, reads_requests=True) as notice:
+        assert notice() == ""  # the next one has them
 
 
 def test_a_fault_of_any_kind_leaves_the_later_notices_to_be_seen(
