@@ -75,7 +75,7 @@ def packing(options: dict[str, Any], num_workers: int) -> str:
     for workers on several whole machines.
     """
     needs = {name: amount * num_workers for name, amount in amounts_of(options).items()}
-    return "STRICT_PACK" if any(machine_has(node, needs, options) for node in _machines_that_stay()) else "PACK"
+    return "STRICT_PACK" if any(machine_has(node, needs, options) for node in machines_that_stay()) else "PACK"
 
 
 def controller_options(*, has_roles: bool) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def living_machines() -> set[str]:
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
-def _machines_that_stay() -> list[dict[str, Any]]:
+def machines_that_stay() -> list[dict[str, Any]]:
     """The machines to which Ray sends work: on one that is drained it places nothing."""
     leaving = ray_state.get_draining_nodes()
     return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
@@ -146,7 +146,7 @@ def room_for(options: dict[str, Any]) -> int:
 def free_room(options: dict[str, Any]) -> int:
     """Workers for which Ray has room at this moment, beside all that runs; known a second late."""
     free = available_resources_per_node()
-    nodes = [node for node in _machines_that_stay() if machine_has(node, {}, options)]
+    nodes = [node for node in machines_that_stay() if machine_has(node, {}, options)]
     return _num_fitting([free.get(node["NodeID"], {}) for node in nodes], options)
 
 

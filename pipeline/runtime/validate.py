@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.recipe.train_sections import TrainResources
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.lost_workers import machine_of_first
-from pipeline.runtime.placement import amounts_of, cluster_has_roles, machine_has, worker_options
+from pipeline.runtime.placement import amounts_of, cluster_has_roles, machine_has, machines_that_stay, worker_options
 from pipeline.runtime.stopping import is_stop_requested
 from pipeline.runtime.worker_logs import logged
 from pipeline.train.results import read_beside, result_steps, write_beside
@@ -265,9 +265,7 @@ def placed(options: Json, machine: str | None) -> Json:
 def lacks(options: Json) -> str:
     """What no machine has free for a task with these options at this moment; empty if one has room for it."""
     free, amounts = available_resources_per_node(), amounts_of(options)
-    rooms = [
-        free.get(node["NodeID"], {}) for node in ray.nodes() if node["Alive"] and machine_has(node, amounts, options)
-    ]
+    rooms = [free.get(node["NodeID"], {}) for node in machines_that_stay() if machine_has(node, amounts, options)]
     if any(all(room.get(name, 0.0) >= amount for name, amount in amounts.items()) for room in rooms):
         return ""
     return f"no machine had {' and '.join(f'{amount:g} {name}' for name, amount in amounts.items())} free"

@@ -4,8 +4,6 @@ import itertools
 import json
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -28,7 +26,7 @@ from pipeline.runtime.placement import ROLE, controller_options
 from pipeline.runtime.train import run_training
 from pipeline.workspace.progress import METRICS, read_progress
 from pipeline.workspace.store import LIVE, Artifact
-from tests.tiny.cluster import cluster_without_cpus
+from tests.tiny.cluster import cluster_without_cpus, drain
 from tests.tiny.faults import FaultyContext, train_controllers, train_workers
 from tests.tiny.recipe import tiny_tables
 from tests.tiny.training import train_here, upsampler_context
@@ -236,15 +234,6 @@ def test_a_range_of_workers_is_checked_and_planned_for(tmp_path: Path) -> None:
             _recipe(tmp_path, **fields)
 
 
-def _drain(cluster: Cluster, node: Any, *, seconds: int) -> None:
-    """What a watcher of spot notices does."""
-    options = {"--address": cluster.address, "--node-id": node.node_id, "--deadline-remaining-seconds": str(seconds)}
-    options |= {"--reason": "DRAIN_NODE_REASON_PREEMPTION", "--reason-message": "a spot notice"}
-    words = [word for option in options.items() for word in option]
-    ray_command = [sys.executable, "-c", "from ray.scripts.scripts import main; main()"]
-    subprocess.run([*ray_command, "drain-node", *words], check=True, timeout=60)
-
-
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 @pytest.mark.slow
@@ -261,7 +250,7 @@ def test_a_machine_that_is_drained_with_notice(cluster: Cluster, tmp_path: Path)
             _wait_for(context.output, [2 if context is elastic else 1], done)
             if context is moved:
                 cluster.add_node(num_cpus=1)
-            _drain(cluster, leaving, seconds=30)
+            drain(cluster, leaving, seconds=30)
             metrics = ray.get(task).metrics
             assert (metrics["num_steps"], metrics["num_preemptions"]) == (NUM_STEPS, 1)
     assert [number for number, _ in _parts(elastic.output)] == [2, 1]

@@ -1,5 +1,6 @@
 """How many workers a training on several has: as many as Ray has room for, and where."""
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +13,20 @@ from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 
 from pipeline.recipe.recipe import parse_recipe
-from pipeline.runtime.placement import ROLE, cluster_has_roles, free_room, scaling_options, worker_options
+from pipeline.runtime.placement import (
+    ROLE,
+    cluster_has_roles,
+    free_room,
+    packing,
+    scaling_options,
+    worker_options,
+)
 from pipeline.runtime.scaling import RoomPolicy
 from pipeline.runtime.stopping import tell_of_room
+from pipeline.runtime.validate import lacks
 from pipeline.workspace.progress import read_progress
 from pipeline.workspace.store import Artifact
-from tests.tiny.cluster import cluster_without_cpus
+from tests.tiny.cluster import cluster_without_cpus, drain
 from tests.tiny.recipe import tiny_tables
 from tests.tiny.training import upsampler_context
 
@@ -81,7 +90,7 @@ def _is_told(policy: RoomPolicy, num_workers: int) -> bool:
 def _wait_for_room(options: dict[str, Any], number: int) -> None:
     """Ray says a moment later what is free."""
     while free_room(options) != number:
-        pass
+        time.sleep(0.1)
 
 
 def test_only_room_that_the_workers_can_have_is_counted(cluster: Cluster, tmp_path: Path) -> None:
@@ -105,6 +114,18 @@ def test_only_room_that_the_workers_can_have_is_counted(cluster: Cluster, tmp_pa
     _wait_for_room(options, 3)
     assert _next(policy) == (3, "PACK")
     assert _next(_policy(tmp_path, num_workers=[4, 6])[0]) == (4, "PACK")  # so that the autoscaler sees what waits
+
+
+def test_a_machine_that_is_taken_away_is_no_room(cluster: Cluster) -> None:
+    options = {"num_cpus": 1, "num_gpus": 0}
+    node = cluster.add_node(num_cpus=3)
+    _hold(num_cpus=1)  # so that it is still there
+    _wait_for_room(options, 2)
+    assert (packing(options, 2), lacks(options)) == ("STRICT_PACK", "")
+    drain(cluster, node, seconds=3000)
+    _wait_for_room(options, 0)
+    assert (packing(options, 2), lacks(options)) == ("PACK", "no machine had 1 CPU free")
+    assert [one["Alive"] for one in ray.nodes() if one["NodeID"] == node.node_id] == [True]
 
 
 def test_a_fixed_number_is_placed_anew_at_each_try(cluster: Cluster, tmp_path: Path) -> None:

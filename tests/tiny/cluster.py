@@ -1,7 +1,10 @@
 """A Ray cluster of several nodes on this machine."""
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Generator
+from typing import Any
 
 import pytest
 import ray
@@ -31,3 +34,12 @@ def joined_cluster() -> Generator[Cluster]:
         ray.init(address=cluster.address, log_to_driver=False)
         yield cluster
         ray.shutdown()
+
+
+def drain(cluster: Cluster, node: Any, *, seconds: int) -> None:
+    """What a watcher of spot notices does."""
+    options = {"--address": cluster.address, "--node-id": node.node_id, "--deadline-remaining-seconds": str(seconds)}
+    options |= {"--reason": "DRAIN_NODE_REASON_PREEMPTION", "--reason-message": "a spot notice"}
+    words = [word for option in options.items() for word in option]
+    ray_command = [sys.executable, "-c", "from ray.scripts.scripts import main; main()"]
+    subprocess.run([*ray_command, "drain-node", *words], check=True, timeout=60)
