@@ -119,13 +119,13 @@ def test_only_room_that_the_workers_can_have_is_counted(cluster: Cluster, tmp_pa
 def test_a_machine_that_is_taken_away_is_no_room(cluster: Cluster) -> None:
     options = {"num_cpus": 1, "num_gpus": 0}
     node = cluster.add_node(num_cpus=3)
-    _hold(num_cpus=1)  # so that it is still there
+    holder = _hold(num_cpus=1)  # so that it is still there
     _wait_for_room(options, 2)
     assert (packing(options, 2), lacks(options)) == ("STRICT_PACK", "")
     drain(cluster, node, seconds=3000)
     _wait_for_room(options, 0)
     assert (packing(options, 2), lacks(options)) == ("PACK", "no machine had 1 CPU free")
-    assert [one["Alive"] for one in ray.nodes() if one["NodeID"] == node.node_id] == [True]
+    assert ray.get(holder.is_there.remote())
 
 
 def test_a_fixed_number_is_placed_anew_at_each_try(cluster: Cluster, tmp_path: Path) -> None:
