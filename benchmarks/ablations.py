@@ -15,11 +15,11 @@ own recipe. Rows without a `demo_key` are of the demo as it was, with 2,200 step
 half.
 
 All recipes but first-decoder, which has 320,000 small samples and 128,000 others for the demo's 218,000, see the same
-number of samples, or the same share of them, and not the same time of a processor: one attention is a tenth faster
-than the demo, and batches of 32 are twice as many steps of the optimizer. With `--seconds` each decoder gets as many steps as its own step, which is timed
-first, allows in so many seconds of processor time (on a GPU seconds); a first decoder and the decoder get half of them
-each. `steps` are those of both, and `train_s` is the mean time of a row's trainings, to read the rates by; results that
-are older than a column lack it.
+number of samples, or the same share of them, and not the same time of a processor: one attention is a tenth faster than
+the demo, and batches of 32 are twice as many steps of the optimizer. With `--seconds` each decoder gets as many steps
+as its own step, which is timed first, allows in so many seconds of processor time (on a GPU seconds); a first decoder
+and the decoder get half of them each. `steps` are those of both, and `train_s` is the mean time of a row's trainings,
+to read the rates by; results that are older than a column lack it.
 
 Rates are in per cent: the mean over the seeds, and after `+-` half of the distance between the lowest and the highest,
 if there are several.

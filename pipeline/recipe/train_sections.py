@@ -192,8 +192,8 @@ class TrainResources:
     """Restarts after memory did not suffice, of the GPU or of the machine (Ray or the kernel has ended a worker), each
     with half the micro_batch_size: the same training up to rounding."""
     resize_every_s: PositiveFloat = 300.0
-    """With [fewest, most] workers: seconds between looks whether there is room for more; if so, all end with a checkpoint
-    and begin there with the others."""
+    """With [fewest, most] workers: seconds between looks whether there is room for more; if so, all end with a
+    checkpoint and begin there with the others."""
     max_wait_s: PositiveFloat = 86_400.0
     """Seconds that a training waits for machines with room for its workers, at its start and after a loss; then it
     fails and says what it waited for. Its checkpoints are kept, and the next run continues it."""

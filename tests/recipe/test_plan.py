@@ -150,7 +150,8 @@ def test_plan_says_which_checkpoint_will_be_removed(tmp_path: Path) -> None:
     checkpoint.write_text("a")
     words = ["--set", f"decoder.init_from={checkpoint}", "--set", f"workspace={tmp_path}/workspace"]
     assert (
-        "copy it elsewhere and name the copy" in CliRunner().invoke(app, ["plan", "configs/demo-hour.toml", *words]).stdout
+        "copy it elsewhere and name the copy"
+        in CliRunner().invoke(app, ["plan", "configs/demo-hour.toml", *words]).stdout
     )
 
 
