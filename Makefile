@@ -9,6 +9,7 @@ DEV = .venv/.dev-$(EXTRA)
 # uv is several times faster than pip, and does not read pip's own setting for local wheels.
 UV = $(BIN)/uv pip install --python $(BIN)/python -q $(foreach place,$(PIP_FIND_LINKS),--find-links $(place))
 INSTALL = $(UV) -c constraints.txt
+TIMES = workspace/demo/recipes/demo/times.json
 # Oracles whose own pins do not go with the project's, or that would slow every process down (open_clip imports a
 # transformers that it finds); tests load them from a folder apart, without their dependencies.
 ORACLES = diffusers==0.37.1 k-diffusion==0.1.1.post1 transformers==5.23.0 tokenizers==0.23.3 clip-retrieval==2.45.0
@@ -17,8 +18,12 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-all coverage lint docs clean setup dev
 
-demo: $(READY)
+demo: $(READY) $(TIMES)
 	$(BIN)/unclip run configs/demo.toml
+
+# With the times of its steps a run says from its first second how long it takes; it does not depend on them.
+$(TIMES): configs/demo.toml | $(READY)
+	-$(BIN)/unclip plan configs/demo.toml --time
 
 test: $(DEV) lint
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from jobs.cli import COMMANDS
+from pipeline.recipe.estimate import TIMES
 from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import load_recipe
 from pipeline.recipe.steps import STEPS
@@ -239,6 +240,26 @@ def test_make_installs_what_was_asked_for_and_keeps_it(tmp_path: Path) -> None:
         assert "Nothing to be done" in make("setup")
         assert "Nothing to be done" in make("setup", f"EXTRA={extra}")
         assert f"-e '.[{extra},dev]'" in make("dev")
+
+
+def test_the_demo_is_measured_once_so_that_its_run_knows_its_time_from_the_start(tmp_path: Path) -> None:
+    recipe = load_recipe(ROOT / "configs/demo.toml")
+    times = tmp_path / recipe.workspace / "recipes" / recipe.name / TIMES
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "configs/demo.toml", ".venv/.ready-cpu"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes() if name == "Makefile" else b"")
+        os.utime(tmp_path / name, (0, 0))
+
+    def make() -> list[str]:
+        return subprocess.check_output(
+            ["make", "-n", "demo"], cwd=tmp_path, env={"PATH": os.environ["PATH"]}, text=True
+        ).splitlines()
+
+    plan, run = ".venv/bin/unclip plan configs/demo.toml --time", ".venv/bin/unclip run configs/demo.toml"
+    assert make() == [plan, run]
+    times.parent.mkdir(parents=True)
+    times.touch()
+    assert make() == [run]
 
 
 def test_text_is_ascii() -> None:
