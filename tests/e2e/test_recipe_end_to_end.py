@@ -53,7 +53,8 @@ def submitted(tmp_path_factory: pytest.TempPathFactory) -> Generator[Submitted]:
     folder = tmp_path_factory.mktemp("tiny")
     (folder / "configs").mkdir()
     path = folder / "configs/demo.toml"
-    path.write_text(write_recipe(folder, port=free_port()).read_text().replace('"tiny"', '"demo"'))
+    tiny = write_recipe(folder, port=free_port()).read_text().replace('"tiny"', '"demo"')
+    path.write_text(f"{tiny}\n[first_decoder.train]\nnum_steps = 2\n")
     # One step after the other: a worker that has loaded torch is used again.
     with ray_head(num_cpus=1) as head, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
@@ -69,7 +70,7 @@ def recipe(submitted: Submitted) -> Path:
 
 def test_submit_follows_the_whole_recipe(submitted: Submitted) -> None:
     report = submitted.recipe.parents[1] / "workspace/report.html"
-    for line in ("evaluate: done in", "ran 10 steps in", f"report: {report}"):
+    for line in ("evaluate: done in", "ran 11 steps in", f"report: {report}"):
         assert line in submitted.output
     # What the job proposes is for the folder that it was submitted from.
     assert f"\n  unclip serve configs/demo.toml {' '.join(_CHANGES)}\n" in submitted.output
