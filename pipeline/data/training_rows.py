@@ -185,8 +185,8 @@ def require_rows_of(download: Artifact, imported: Artifact, *, where: str) -> No
         return
     file = f"{shard}.parquet"
     uids = read_table(imported.ranged(file), ["uid"])["uid"]
-    known = read_table(download.ranged(file), ["uid"])["uid"] if download.exists(file) else uids[:0]
-    missing = uids.filter(pc.invert(pc.is_in(uids, value_set=known.combine_chunks())))
+    of_pictures = read_table(download.ranged(file), ["uid"])["uid"] if download.exists(file) else uids[:0]
+    missing = uids.filter(pc.invert(pc.is_in(uids, value_set=of_pictures.combine_chunks())))
     if len(missing):
         raise DataError(
             f"{where}: {imported.uri}: shard {shard}: uid {missing[0]} is no row of the download, whose pictures this "

@@ -47,9 +47,9 @@ def test_rows_are_in_order_of_key_whatever_their_order_in_the_file(tmp_path: Pat
 def test_imported_embeddings_of_other_rows_than_the_pictures_are_named(tmp_path: Path) -> None:
     download, other = write_download(tmp_path / "download"), write_download(tmp_path / "other", num_rows=16)
     require_rows_of(download, write_embed(tmp_path / "embed", download), where="decoder")
-    for known in (download, Artifact(str(tmp_path / "nothing"))):
+    for pictures in (download, Artifact(str(tmp_path / "nothing"))):
         with pytest.raises(DataError, match=r"decoder: .*: shard 00000: uid \w{32} is no row of the download, whose"):
-            require_rows_of(known, write_embed(tmp_path / "imported", other), where="decoder")
+            require_rows_of(pictures, write_embed(tmp_path / "imported", other), where="decoder")
 
 
 def test_pictures_are_read_by_key(tmp_path: Path) -> None:

@@ -78,13 +78,13 @@ def _next(policy: RoomPolicy) -> tuple[int, str]:
 
 def _is_told(policy: RoomPolicy, num_workers: int) -> bool:
     """Whether so many running workers are asked to end, because there is room for more."""
-    told: list[Callable[[], None]] = []
-    workers = [SimpleNamespace(execute_async=told.append)] * num_workers
+    calls: list[Callable[[], None]] = []
+    workers = [SimpleNamespace(execute_async=calls.append)] * num_workers
     group: Any = SimpleNamespace(start_time=float("-inf"), num_workers=num_workers, workers=workers)
     decision = policy.make_decision_for_running_worker_group(group, Any)
     assert isinstance(decision, NoopDecision)  # the group is not ended from outside
-    assert told in ([], [tell_of_room])
-    return bool(told)
+    assert calls in ([], [tell_of_room])
+    return bool(calls)
 
 
 def _wait_for_room(options: dict[str, Any], number: int) -> None:
