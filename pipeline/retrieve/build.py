@@ -437,7 +437,7 @@ def _metrics(
         kind = description[modality]["kind"]
         best = tried[modality][kind]
         metrics[f"{modality}_kind"] = kind
-        metrics[f"{modality}_latency_ms"] = round(best.latency_ms, 3)
+        metrics[f"{modality}_latency_ms"] = best.latency_ms
         metrics[f"{modality}_memory_bytes"] = embedded.num_rows * kinds.row_bytes(kind, embedded.embed_dim)
         for effort in best.efforts:
             metrics[f"{modality}_recall_at_{effort.k}"] = round(effort.recall, 4)
