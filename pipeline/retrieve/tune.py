@@ -194,7 +194,7 @@ class _Measurement:
         return np.isin(positions, nearest[is_near])
 
     def latency_ms(self, effort: Effort) -> float:
-        """Median time of one search, re-ranking included; rounded as it is said, so that the choice is by what is said."""
+        """Median time of one search, re-ranking included, rounded as it is said: a choice is by what is said."""
         times = list[float]()
         for query in self._truth.queries[:_TIMED_QUERIES]:
             start = time.perf_counter()
