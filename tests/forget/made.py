@@ -17,8 +17,7 @@ from pipeline.forget.search import Search, search
 from pipeline.recipe.last_run import write_last_run
 from pipeline.recipe.plan import artifact_of, inputs_of, make_plan, manifest_of
 from pipeline.recipe.recipe import Recipe
-from pipeline.retrieve.build import SegmentBuild, build_index
-from pipeline.retrieve.changes import publish_segment, segment_of_all
+from pipeline.retrieve.build import build_index
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.filter import run_filter
 from pipeline.runtime.filter_embeddings import run_filter_embeddings
@@ -26,6 +25,7 @@ from pipeline.workspace.forgotten import Pending
 from pipeline.workspace.manifest import content_of
 from pipeline.workspace.store import Artifact, Workspace
 from tests.filter.planted import embed_by_eye, make_context, planted_pairs, tiny_recipe
+from tests.retrieve.segments import compact
 from tests.tiny.pairs import write_parts
 from tests.tiny.token_states import add_states
 
@@ -59,11 +59,7 @@ class Made:
         return inputs_of(self.workspace, next(step for step in make_plan(self.recipe) if step.name == name))
 
     def compact(self, key: str) -> None:
-        build = segment_of_all(SegmentBuild((), self.workspace.artifact("index", key), self.recipe.index, 0))
-        build.prepare()
-        for part in build.parts():
-            build.output.commit_shard(build.add_part(part))
-        publish_segment(build, build.finish(), replaces=True)
+        compact(self.workspace.artifact("index", key), self.recipe.index)
 
     def finish(self) -> Pending | None:
         return finish(self.workspace, self.compact, unlocked)

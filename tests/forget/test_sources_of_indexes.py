@@ -10,13 +10,12 @@ from pipeline.data.rows import make_uid
 from pipeline.errors import DataError
 from pipeline.forget.forget import finish
 from pipeline.retrieve import NeighbourIndex
-from pipeline.retrieve.build import SegmentBuild
-from pipeline.retrieve.changes import publish_segment, segment_of_more
 from pipeline.workspace.forgotten import Pending
 from pipeline.workspace.manifest import Manifest
 from pipeline.workspace.store import Artifact
 from tests.forget.made import BY_URL, Made, forget_names, unlocked
 from tests.retrieve.conftest import unit
+from tests.retrieve.segments import append
 from tests.tiny.shards import make_embeddings
 
 _FIRST, _NUM_ROWS = 100, 6
@@ -30,11 +29,7 @@ def _append(made: Made) -> Artifact:
     make_embeddings(embed, vectors, vectors, rows_per_shard=3, first=_FIRST)
     inputs = {"clip": made.artifact("clip").key}
     embed.commit(Manifest(step="embed", key="more", step_version=1, section={}, inputs=inputs))
-    build = segment_of_more(SegmentBuild((embed,), index, made.recipe.index, 0))
-    build.prepare()
-    for part in build.parts():
-        index.commit_shard(build.add_part(part))
-    publish_segment(build, build.finish(), replaces=False)
+    append(index, embed, made.recipe.index)
     return embed
 
 

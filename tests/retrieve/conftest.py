@@ -9,6 +9,7 @@ from pipeline.recipe.sections import IndexConfig
 from pipeline.retrieve.build import build_index
 from pipeline.retrieve.embedded import EmbeddedShards
 from pipeline.workspace.store import Artifact, Workspace
+from tests.retrieve import segments
 from tests.tiny.shards import make_embeddings
 
 NUM_ROWS, DIM = 3000, 24
@@ -48,3 +49,12 @@ def build(embed: Artifact, tmp_path: Path) -> Build:
         return output
 
     return build
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> tuple[Artifact, Workspace, NDArray[np.float32]]:
+    """An index of the first 24 of 48 rows, its workspace, and the vectors of all rows."""
+    vectors, workspace = unit(np.random.default_rng(0).normal(size=(48, segments.DIM))), Workspace(str(tmp_path))
+    embed, output = segments.commit_embed(workspace, "base", vectors[:24]), workspace.artifact("index", "i")
+    build_index(embed, output, segments.CONFIG, seed=0)
+    return output, workspace, vectors

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from pipeline.errors import ConfigError, DataError
 from pipeline.recipe.sections import IndexConfig
 from pipeline.retrieve import retriever, rows
-from pipeline.retrieve.build import SegmentBuild, build_index
-from pipeline.retrieve.changes import publish_segment, segment_of_more
+from pipeline.retrieve.build import build_index
 from pipeline.retrieve.columns import StoredColumns
 from pipeline.retrieve.retriever import Conditions, Retriever
 from pipeline.workspace.manifest import Manifest
 from pipeline.workspace.store import Artifact, Workspace
 from tests.retrieve.conftest import stored, unit
+from tests.retrieve.segments import append
 from tests.tiny.shards import make_embeddings, write_tar
 
 _NUM_ROWS, _DIM, _PER_SHARD, _COPIES = 3000, 16, 1100, 5
@@ -202,11 +202,7 @@ def test_rows_of_several_sources_have_their_own_columns_and_pictures(
         if number == 0:
             build_index(embed, index, config, seed=0)
             continue
-        build = segment_of_more(SegmentBuild((embed,), index, config, 0))
-        build.prepare()
-        for part_name in build.parts():
-            index.commit_shard(build.add_part(part_name))
-        publish_segment(build, build.finish(), replaces=False)
+        append(index, embed, config)
     search = Retriever.open(index)
 
     def numbers(where: str) -> list[int]:

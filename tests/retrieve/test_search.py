@@ -72,7 +72,8 @@ def test_every_kind_of_query_finds_the_pair_that_it_is(searcher: Searcher, tmp_p
     z = 7 * searcher.retriever.index.vectors([red.id])[0]
     np.save(tmp_path / "z.npy", z)
     (tmp_path / "z.json").write_text(json.dumps(z.tolist()))
-    for name in ("z.npy", "z.json"):
+    (tmp_path / "marked.json").write_bytes(f"\ufeff{z.tolist()}".encode())  # with a byte order mark
+    for name in ("z.npy", "z.json", "marked.json"):
         assert _captions(searcher, Query("embedding", str(tmp_path / name)), k=1) == ["a red picture"]
 
 
