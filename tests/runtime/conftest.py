@@ -18,6 +18,12 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     return load_recipe(folder)
 
 
+@pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The address of a tracker in a local database, one for all files: to make its tables takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
+
+
 @pytest.fixture(scope="module")
 def local_ray() -> Generator[None]:
     """Two CPUs in this process' own Ray, for the tests of one file."""

@@ -2,7 +2,6 @@
 
 import base64
 import json
-import resource
 import socket
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from pipeline.serve.protocols import Images
 from pipeline.serve.safety import load_hook
 from tests.serve.guarded import Serving, ask, client_of, guarded
 from tests.tiny.shards import pixels
+from tests.tiny.storage import files_of_at_most
 
 
 @pytest.mark.parametrize(
@@ -126,12 +126,8 @@ def test_what_a_full_disk_has_cut_off_is_no_part_of_the_next_line(tmp_path: Path
 
     log = AccessLog(GuardSettings(access_log=str(file)))
     write(1)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 40, limits[1]))
-    try:
+    with files_of_at_most(file.stat().st_size + 40):
         write(2), write(3)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     write(4), write(5)
     first, half, *rest = file.read_text().splitlines()
     assert len(half) == 40

@@ -1,9 +1,11 @@
-"""Storage that is mounted from another machine and does not answer for a moment, or any more."""
+"""Storage that is mounted from another machine and does not answer for a moment, or any more; a disk that is full."""
 
+import contextlib
 import errno
 import io
 import os
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Generator
 from typing import Any
 
 import pytest
@@ -45,3 +47,14 @@ def fail_calls(
     monkeypatch.setattr(disk, "_FIRST_WAIT_S", 0.01)
     monkeypatch.setattr(disk, "_PATIENCE_S", 0.1 if times > 2 else 60)
     return failed
+
+
+@contextlib.contextmanager
+def files_of_at_most(num_bytes: int) -> Generator[None]:
+    """A disk that is full when a file has this size."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
