@@ -15,7 +15,7 @@ from pipeline.data.drawn import drawn_batches, write_evaluation
 from pipeline.data.lists import BATCH_ROWS, list_columns
 from pipeline.data.make_pairs import PairsSummary, write_pairs
 from pipeline.data.pairs import Pairs
-from pipeline.data.rows import make_uid
+from pipeline.data.rows import make_uid, split_of
 from pipeline.data.sources import Source, count_pairs
 from pipeline.errors import DataError
 from pipeline.recipe.pairs_sections import DrawnConfig, PairsConfig
@@ -256,3 +256,9 @@ def test_count_pairs_counts_drawn_pictures_and_those_of_a_folder(tmp_path: Path)
     for name in ("a.png", "b.jpg", "c.txt"):
         (tmp_path / name).touch()
     assert count_pairs(PairsConfig(source="folder", path=str(tmp_path))) == 2
+
+
+def test_a_uid_is_that_of_every_release_and_no_row_is_held_out_if_none_is_requested() -> None:
+    assert make_uid("u", "c") == "f83e30bab19727a0baa8f3310891dcd0"
+    assert len({make_uid("u", "c"), make_uid("u", "d"), make_uid("v", "c")}) == 3
+    assert {split_of(f"http://a/{number}.jpg", 0.0) for number in range(4000)} == {"train"}

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.workspace import objects
+from pipeline.workspace.manifest import Manifest
 from tests.s3_server import S3Server, started
 
 _numbers = itertools.count()
@@ -38,3 +39,9 @@ def use(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     s3fs.S3FileSystem.clear_instance_cache()
     monkeypatch.setattr(objects, "_answered", set[str]())
+
+
+def make_manifest(**changes: object) -> Manifest:
+    """A manifest of the step ``s`` and the key ``k``, as far as nothing else is said."""
+    fields: dict[str, object] = {"step": "s", "key": "k", "step_version": 1, "section": {}, "inputs": {}}
+    return Manifest(**(fields | changes))  # type: ignore[arg-type]

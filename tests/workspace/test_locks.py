@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.errors import StepError
 from pipeline.init.doctor import check_workspace
-from pipeline.workspace import cache
+from pipeline.workspace import cache, lock
 from pipeline.workspace.lock import holder_of, in_use, locked_workspace, used_artifacts
 from pipeline.workspace.store import Workspace
 
@@ -67,3 +67,20 @@ def test_on_nfs_uses_are_seen_and_those_of_the_dead_removed(tmp_path: Path, monk
         assert used_artifacts(workspace).keys() == {"prior/one"}
     assert used_artifacts(workspace) == {}
     assert workspace.keys("_uses") == []
+
+
+def test_a_use_whose_file_was_removed_before_it_was_locked_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace, taken, num_taken = Workspace(str(tmp_path)), lock._taken, 0
+
+    def remove_first(opened: IO[str], where: str) -> bool:
+        nonlocal num_taken
+        num_taken += 1
+        if num_taken == 1:
+            assert used_artifacts(workspace) == {}  # gc takes it for one that a dead process left
+        return taken(opened, where)
+
+    monkeypatch.setattr(lock, "_taken", remove_first)
+    with in_use(workspace, ["prior/0"]):
+        assert list(used_artifacts(workspace)) == ["prior/0"]

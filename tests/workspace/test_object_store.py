@@ -1,12 +1,8 @@
 """A workspace in an object store, on a local S3 server: nothing stale, nothing twice."""
 
-import contextlib
-import shutil
-import sqlite3
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,27 +13,17 @@ import pytest
 from pipeline.data.shard_tables import read_table
 from pipeline.errors import ConfigError, DataError, StepError
 from pipeline.forget import rewrite as rewriting
-from pipeline.recipe.champion import Promotion, Promotions
-from pipeline.recipe.recipe import parse_recipe
-from pipeline.runtime.tracking.aliases import evaluation_of
-from pipeline.runtime.tracking.place import Place
 from pipeline.workspace import cache, objects, stored_files
 from pipeline.workspace.digests import fingerprint
 from pipeline.workspace.files import open_file
 from pipeline.workspace.forgotten import Forgotten, Rewrite
-from pipeline.workspace.manifest import Manifest, ShardRecord
+from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.objects import ObjectStore
 from pipeline.workspace.store import Artifact, Workspace
 from tests.s3_server import S3Server
-from tests.tiny.recipe import merge
-from tests.tiny.workspace import evaluated_tables
+from tests.workspace.conftest import make_manifest
 
 _CONTENT = bytes(range(256)) * 1000
-
-
-def _manifest(**changes: object) -> Manifest:
-    fields: dict[str, object] = {"step": "s", "key": "k", "step_version": 1, "section": {}, "inputs": {}}
-    return Manifest(**(fields | changes))  # type: ignore[arg-type]
 
 
 def _fetches(server: S3Server, name: str) -> list[int]:
@@ -202,7 +188,7 @@ def test_records_of_a_finished_step_are_one_file(bucket: str, s3_server: S3Serve
     files = artifact.describe_files(records)
     assert [request.kind for request in s3_server.counted()] == ["LIST"]  # what was folded is not read again
     assert files == Artifact(artifact.uri).describe_files()
-    artifact.commit(_manifest(files=files))
+    artifact.commit(make_manifest(files=files))
     s3_server.requests()
     assert Artifact(artifact.uri).shard_records() == records
     assert len(s3_server.requests()) <= 2
@@ -304,7 +290,7 @@ def test_a_shard_is_rewritten_again_after_a_kill_before_its_record(
         pq.write_table(pa.table(rows), path)
     files = {"00000.parquet": artifact.describe("00000.parquet")}
     artifact.commit_shard(ShardRecord(shard="00000", counts={"in": 2, "ok": 2}, files=files))
-    artifact.commit(_manifest(step="pairs", files=artifact.describe_files(artifact.fold_records())))
+    artifact.commit(make_manifest(step="pairs", files=artifact.describe_files(artifact.fold_records())))
     work = Rewrite("pairs", "key", ("00000",))
 
     def stop(*_: object) -> None:
@@ -336,10 +322,10 @@ def test_files_are_removed_many_with_one_request(bucket: str, s3_server: S3Serve
 
 def test_two_commits_of_one_artifact_are_one(bucket: str) -> None:
     artifact = Artifact(f"{bucket}/step/key")
-    artifact.commit(_manifest(created=1.0))
-    artifact.commit(_manifest(created=1.0))  # the same one, whose answer was lost
+    artifact.commit(make_manifest(created=1.0))
+    artifact.commit(make_manifest(created=1.0))  # the same one, whose answer was lost
     with pytest.raises(StepError, match="another run has committed this step"):
-        artifact.commit(_manifest(created=2.0))
+        artifact.commit(make_manifest(created=2.0))
     manifest = artifact.manifest()
     assert manifest is not None
     assert manifest.created == 1.0
@@ -358,98 +344,6 @@ def test_an_artifact_in_a_store_is_sized_and_destroyed(bucket: str) -> None:
     assert workspace.keys("prior") == ["key"]
     artifact.destroy()
     assert workspace.keys("prior") == []
-
-
-def test_a_database_and_a_report_are_in_the_store_and_come_back_on_another_machine(
-    bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    for machine in ("one", "two"):
-        (tmp_path / machine).mkdir()
-    workspace = Workspace(f"{bucket}/prefix")
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "one"))
-    with sqlite3.connect(workspace.local_root / "mlflow.db") as database:
-        database.execute("CREATE TABLE runs (name TEXT)")
-        database.execute("INSERT INTO runs VALUES ('decoder')")
-        database.commit()
-        database.execute("INSERT INTO runs VALUES ('half')")  # a run that is being written
-        assert workspace.publish("mlflow.db") == f"{bucket}/prefix/mlflow.db"
-    database.close()
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "two"))
-    workspace.restore("mlflow.db")
-    with contextlib.closing(sqlite3.connect(workspace.local_root / "mlflow.db")) as copy:
-        assert copy.execute("SELECT name FROM runs").fetchall() == [("decoder",)]
-    assert str(workspace.local_root).startswith(str(tmp_path / "two"))
-    assert not workspace.publish("report.html").startswith("s3://")  # there is none
-    (workspace.local_root / "report.html").write_text("<html>")
-    assert workspace.publish("report.html") == f"{bucket}/prefix/report.html"
-    assert Artifact(f"{bucket}/prefix").path("report.html").read_text() == "<html>"
-
-
-def test_tracking_keeps_its_database_and_its_outbox_in_the_store(
-    bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    recipe = parse_recipe(merge(evaluated_tables(tmp_path), {"workspace": f"{bucket}/prefix"}))
-    workspace = Workspace(recipe.workspace)
-    place = Place(recipe, workspace)
-    place.open().append([{"op": "finish"}])
-    place.state["attempts"]["tiny"] = {"name": "a"}
-    place.save()
-    with contextlib.closing(sqlite3.connect(workspace.local_root / "mlflow.db")) as database:
-        database.execute("CREATE TABLE runs (name TEXT)")
-    place.publish()
-    place.close()
-    shutil.rmtree(workspace.local_root)  # the next run is on another machine
-    place = Place(recipe, workspace)
-    assert [record for record, _ in place.open().read(9)] == [{"op": "finish"}]
-    assert place.state["attempts"] == {"tiny": {"name": "a"}}
-    assert (workspace.local_root / "mlflow.db").exists()
-    place.close()
-
-
-def test_the_database_of_a_run_is_replaced_by_nobody_on_its_machine(
-    bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    tables = merge(evaluated_tables(tmp_path), {"workspace": f"{bucket}/prefix"})
-    run, promotion = (parse_recipe(merge(tables, {"name": name})) for name in ("run", "promotion"))
-    workspace = Workspace(run.workspace)
-    writer, other = Place(run, workspace), Place(promotion, workspace)
-    writer.open()
-    with contextlib.closing(sqlite3.connect(workspace.local_root / "mlflow.db")) as database:
-        database.execute("CREATE TABLE runs (name TEXT)")
-        database.commit()
-        writer.publish()
-        database.execute("INSERT INTO runs VALUES ('young')")
-        database.commit()
-        other.open()
-        with other.database_to_read() as uri:
-            path = uri.removeprefix("sqlite:///")
-            with contextlib.closing(sqlite3.connect(path)) as copy:
-                assert copy.execute("SELECT * FROM runs").fetchall() == []
-        assert not Path(path).exists()
-        assert database.execute("SELECT * FROM runs").fetchall() == [("young",)]
-        assert database.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-    writer.close()
-    other.close()
-    writer.open()  # nobody has it open: what was published counts
-    with contextlib.closing(sqlite3.connect(workspace.local_root / "mlflow.db")) as database:
-        assert database.execute("SELECT * FROM runs").fetchall() == []
-    writer.close()
-
-
-def test_the_champion_of_a_workspace_in_a_store_is_what_the_workspace_says(
-    bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    recipe = parse_recipe(merge(evaluated_tables(tmp_path), {"workspace": f"{bucket}/prefix"}))
-    with pytest.raises(ConfigError, match=r"has no champion in s3://.* `unclip promote RECIPE`"):
-        evaluation_of(recipe, "champion")
-    choices = [Promotion(key, {}, {}, {}, "clip_score.generated", "", 0.0) for key in ("a" * 16, "b" * 16)]
-    artifact = Workspace(recipe.workspace).artifact("recipes", recipe.name)
-    artifact.write_json("champion.json", asdict(Promotions(tuple(choices))))
-    assert evaluation_of(recipe, "champion") == ("what `unclip promote` has chosen", "b" * 16)
-    assert not (Workspace(recipe.workspace).local_root / "mlflow.db").exists()
 
 
 def test_an_upload_that_is_gone_at_once_is_no_file(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,3 +152,18 @@ def test_workers_of_a_cluster_use_the_cache_of_the_recipe(
 def test_a_cache_that_no_machine_could_have_is_refused(table: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_recipe({"cache": table})
+
+
+def test_the_cache_of_another_user_is_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    artifact = Artifact("memory://cached/step/key")
+    artifact.write_bytes("file", b"mine")
+    first = artifact.path("file")
+    assert first.read_bytes() == b"mine"
+    assert first.is_relative_to(tmp_path / f"unclip-cache-{os.getuid()}")
+    assert (tmp_path / f"unclip-cache-{os.getuid()}").stat().st_mode & 0o777 == 0o700
+    other = os.getuid() + 1
+    monkeypatch.setattr("os.getuid", lambda: other)
+    (tmp_path / f"unclip-cache-{other}").mkdir()  # under this user's own id: for the other it is a stranger's
+    with pytest.raises(StepError, match=rf"unclip-cache-{other} belongs to another user; .*TMPDIR"):
+        artifact.path("file")
