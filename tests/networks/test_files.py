@@ -1,5 +1,6 @@
 """Networks in artifacts: what is said of a damaged one, and of storage and memory that fail."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from models.ar_prior.config import ArPriorConfig
+from models.ar_prior.network import ArPrior
 from models.clip_config import ClipDims
+from models.decoder.network import Decoder
 from models.upsampler.network import Upsampler
 from pipeline.clip import files as clip_files
 from pipeline.clip.model import create_clip
@@ -17,7 +21,7 @@ from pipeline.networks.files import load_initial, load_network, save_network
 from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.recipe import load_recipe
 from pipeline.workspace.store import Artifact
-from tests.tiny.networks import CLIP, UPSAMPLER, make_cascade, save_cascade
+from tests.tiny.networks import CLIP, DECODER, UPSAMPLER, make_cascade, save_cascade
 from tests.tiny.storage import fail_calls
 
 _WEIGHTS = "model.safetensors"
@@ -107,3 +111,23 @@ def test_a_clip_is_written_again_where_storage_does_not_take_it_for_a_moment(
     read = load_text_artifact(artifact).clip.model.state_dict()
     for name, weight in clip.model.state_dict().items():
         assert torch.equal(read[name], weight), name
+
+
+def test_initial_weights_of_another_shape_or_process_are_refused(tmp_path: Path) -> None:
+    cascade = make_cascade()
+    save_cascade(cascade, tmp_path)
+    with pytest.raises(DataError, match="another shape"):
+        load_initial(Decoder(replace(DECODER, context_width=24), cascade.clip.dims), str(tmp_path / "decoder"))
+    with pytest.raises(DataError, match=r"image_norm = 1\.0, the recipe says 8\.0"):
+        load_initial(Decoder(replace(DECODER, image_norm=8.0), cascade.clip.dims), str(tmp_path / "decoder"))
+    process = replace(DECODER.diffusion, prediction="v")
+    with pytest.raises(DataError, match=r"diffusion\.prediction"):
+        load_initial(Decoder(replace(DECODER, diffusion=process), cascade.clip.dims), str(tmp_path / "decoder"))
+    config = ArPriorConfig(width=8, depth=1, num_heads=2, num_components=2)
+    prior, artifact = ArPrior(config, cascade.clip.dims), Artifact(str(tmp_path / "tokens"))
+    save_network(artifact, config, cascade.clip.dims, prior.state_dict())
+    with pytest.raises(DataError, match=r"bucket_range_std = 5\.0, the recipe says 4\.0"):
+        load_initial(ArPrior(replace(config, bucket_range_std=4.0), cascade.clip.dims), artifact.uri)
+    started = ArPrior(config, cascade.clip.dims)
+    load_initial(started, artifact.uri)
+    assert torch.equal(started.positions, prior.positions)

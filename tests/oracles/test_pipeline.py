@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.clip.frozen import FrozenClip
-from pipeline.networks.diffusers import export_diffusers
-from tests.tiny.networks import make_cascade, save_cascade
+from tests.tiny.networks import export_cascade, make_cascade, save_cascade
 
 ROOT = Path(__file__).parents[2]
 PINNED = Path(sys.prefix) / "oracles"
@@ -22,8 +20,7 @@ PINNED = Path(sys.prefix) / "oracles"
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     base = tmp_path_factory.mktemp("export")
     cascade = make_cascade()
-    assert isinstance(cascade.clip, FrozenClip)
-    export_diffusers(cascade, cascade.clip, base / "diffusers")
+    export_cascade(cascade, base / "diffusers")
     save_cascade(cascade, base / "ours")
     return base / "diffusers", base / "ours"
 

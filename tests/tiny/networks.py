@@ -19,9 +19,10 @@ from models.upsampler.config import UpsamplerConfig
 from models.upsampler.network import Upsampler
 from models.upsampler.stage import UpsamplerStage
 from pipeline.clip.files import save_clip
-from pipeline.clip.frozen import FrozenClip
+from pipeline.clip.frozen import FrozenClip, FrozenText
 from pipeline.clip.model import create_clip
 from pipeline.networks.clip import save_clip_artifact
+from pipeline.networks.diffusers import export_diffusers
 from pipeline.networks.files import save_network
 from pipeline.workspace.store import Artifact
 from tests.models import tiny_models
@@ -86,3 +87,9 @@ def save_cascade(cascade: Cascade, folder: Path) -> dict[str, Artifact]:
     for name, network in networks.items():
         save_network(artifacts[name], network.config, getattr(network, "dims", None), network.state_dict())
     return artifacts
+
+
+def export_cascade(cascade: Cascade, folder: Path) -> list[str]:
+    """Write diffusers' layout; returns the notes on what differs."""
+    assert isinstance(cascade.clip, FrozenText)
+    return export_diffusers(cascade, cascade.clip, folder)
