@@ -107,6 +107,8 @@ def _print_search(search: "Search", recipe: str, root: str, *, is_forgotten: boo
     for network in search.networks:
         verb = "was trained" if (network.step, network.key) in search.dirty else "is being trained"
         typer.echo(f"{network.step:<17} {network.key}  {verb} on {network.pairs} of these pairs")
+    for (step, key), first in search.begun_with:
+        typer.echo(f"{step:<17} {key}  began with the weights of {'/'.join(first)}, which was trained on them")
     if search.dirty:
         runs = [
             f"unclip run {recipe} --from {step} --force" for step in dict.fromkeys(step for step, _ in search.roots)
@@ -118,6 +120,11 @@ def _print_search(search: "Search", recipe: str, root: str, *, is_forgotten: boo
         )
     for step, key in search.continued:
         typer.echo(f"before that, move {root}/{step}/{key} away: the {step} that is made anew would continue it")
+    for step, first in dict.fromkeys((one[0], first) for one, first in search.begun_with):
+        typer.echo(
+            f"before that, let {step}.init_from name other weights than those of {'/'.join(first)}: the {step} that is "
+            "made anew would begin with them"
+        )
     for name in search.unknown:
         typer.echo(f"not in the workspace: {name}{'; it will not be taken' if is_forgotten else ''}", err=True)
     if not search.uids:
@@ -151,6 +158,10 @@ def _as_json(search: "Search | None", done: Pending | None, *, is_forgotten: boo
         "networks": networks,
         "to_make_anew": _artifacts(search.dirty),
         "to_move_away": _artifacts(search.continued),
+        "begun_with": [
+            {"step": step, "key": key, "weights": {"step": name, "key": origin}}
+            for (step, key), (name, origin) in search.begun_with
+        ],
         "to_remove": _artifacts(search.pending.removals),
         "node_s": round(search.node_s, 3),
     }

@@ -161,7 +161,13 @@ def _forgotten_notes(workspace: Workspace, statuses: list[StepStatus], words: st
 
 
 def _before_that(workspace: Workspace, forgotten: Forgotten, manifest: Manifest) -> str:
-    """What has to be done first: made anew, a network would continue the same training, which has read the pairs."""
+    """What has to be done first: made anew, a network would begin with, or continue, what has read the pairs."""
+    first = forgotten.begun_with(manifest)
+    if first is not None and first not in manifest.inputs.items():
+        return (
+            f"let {manifest.step}.init_from name other weights than those of {'/'.join(first)}, which was trained on "
+            "them, then "
+        )
     continued = manifest.metrics.get("continued")
     earlier = workspace.artifact(manifest.step, continued["key"]) if continued else None
     if earlier is None or not earlier.names():

@@ -41,7 +41,7 @@ def forget(workspace: Workspace, search: Search, check: Callable[[], None]) -> N
     before.merge(search.pending).write(root)
     names, forgotten = sorted({*search.names, *search.uids}), Forgotten.read(root)
     if not all(forgotten.has(names)):  # what is only done again counts once
-        forgotten.add(names, time.time(), search.rows, search.networks).write(root)
+        forgotten.add(names, time.time(), search.rows, [*search.networks, *search.earlier]).write(root)
     listed = Takedown.read(root)
     if set(names) & set(listed.names):
         listed.remove(names).write(root)  # that file has them in words

@@ -4,7 +4,7 @@ import itertools
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.data.drawn import EVALUATION
-from pipeline.data.retries import Before
 from pipeline.data.shard_tables import find_rows, read_names
 from pipeline.errors import DataError
+from pipeline.forget.networks import continued_by, networks_on
 from pipeline.forget.shown import Pairs
 from pipeline.recipe.lineage import indexed_embeddings
 from pipeline.recipe.steps import STEP_ROWS
@@ -22,7 +22,7 @@ from pipeline.retrieve.changes import find_ids
 from pipeline.retrieve.versions import read_version
 from pipeline.workspace.forgotten import Pending, Rewrite, TrainedOn
 from pipeline.workspace.manifest import Manifest, content_of
-from pipeline.workspace.store import INPUTS, LIVE, MANIFEST, Artifact, Workspace
+from pipeline.workspace.store import LIVE, MANIFEST, Artifact, Workspace
 
 TABLES = ("pairs", "download", "filter", "embed", "filter_embeddings")
 """Steps whose artifacts hold a row for each pair, in the order in which they are searched and rewritten."""
@@ -37,8 +37,6 @@ _NAMES = ("uid", "url")
 _COLUMNS = (*_NAMES, "caption", "split", "status", "reason")
 _SEARCHED = (*_NAMES, "same_as")
 """Labels name a pair by its copies, too, which may be in another shard."""
-_ROWS_OF_NETWORK = ("filter_embeddings", "embed", "filter", "download")
-"""Inputs of a training; the first that it has says which rows it reads."""
 
 
 @dataclass
@@ -88,6 +86,11 @@ class Search:
     continued: tuple[tuple[str, str], ...] = ()
     """Step and key of the trainings on these pairs that others of ``dirty`` have continued, and would continue again
     when they are made anew."""
+    begun_with: tuple[tuple[tuple[str, str], tuple[str, str]], ...] = ()
+    """Networks that began, by ``init_from``, with weights that were trained on these pairs, finished or not: step and
+    key of each, and those of the network with whose weights it began."""
+    earlier: tuple[TrainedOn, ...] = ()
+    """Trainings on these pairs of which the workspace has only what began with their weights, or continued them."""
 
 
 def search(workspace: Workspace, names: Iterable[str]) -> Search:
@@ -118,11 +121,9 @@ def search(workspace: Workspace, names: Iterable[str]) -> Search:
         names_of_rows |= set(searched) - set(unknown)
         if len(ids) or any(one in rows_by_artifact for one in indexed_embeddings("index", index)):
             indexes.append(key)
-    networks = (
-        *_networks(manifests, rows_by_artifact),
-        *_unfinished_networks(workspace, manifests, rows_by_artifact),
-    )
-    dirty = _made_from(manifests, {(one.step, one.key) for one in networks if one.key in manifests[one.step]})
+    counts_of_trained = {one: len(rows.trained) for one, rows in rows_by_artifact.items() if rows.trained}
+    networks = networks_on(workspace, manifests, counts_of_trained)
+    dirty, begun_with = _made_from(manifests, networks.finished), dict(networks.begun_with)
     return Search(
         searched,
         frozenset(uid for rows in rows_by_artifact.values() for uid in rows.uids),
@@ -133,11 +134,17 @@ def search(workspace: Workspace, names: Iterable[str]) -> Search:
             tuple(indexes),
             tuple(_removals(workspace, manifests, rows_by_artifact, searched)),
         ),
-        networks,
+        networks.networks,
         dirty,
-        tuple(one for one in dirty if manifests[one[0]][one[1]].inputs.items().isdisjoint(dirty)),
+        tuple(
+            one
+            for one in dirty
+            if manifests[one[0]][one[1]].inputs.items().isdisjoint(dirty) and begun_with.get(one) not in dirty
+        ),
         sum(manifests[step][key].node_s for step, key in dirty),
-        tuple(_continued((manifests[step][key] for step, key in dirty), networks)),
+        tuple(continued_by((manifests[step][key] for step, key in dirty), networks.networks)),
+        networks.begun_with,
+        networks.earlier,
     )
 
 
@@ -244,65 +251,8 @@ def _removals(
                 yield step, key
 
 
-def _networks(
-    manifests: Mapping[str, Mapping[str, Manifest]], rows_by_artifact: Mapping[tuple[str, str], Rows]
-) -> list[TrainedOn]:
-    """The finished networks that were trained on the pairs."""
-    networks: list[TrainedOn] = []
-    for row in STEP_ROWS.values():
-        for manifest in manifests[row.name].values() if row.trains else ():
-            source = _source_of(manifest.inputs)
-            rows = rows_by_artifact.get((source, manifest.inputs.get(source, "")))
-            if rows is not None and rows.trained:
-                content = manifest.input_contents.get(source, "")
-                networks.append(TrainedOn(row.name, manifest.key, len(rows.trained), source, content))
-    return networks
-
-
-def _unfinished_networks(
-    workspace: Workspace,
-    manifests: Mapping[str, Mapping[str, Manifest]],
-    rows_by_artifact: Mapping[tuple[str, str], Rows],
-) -> list[TrainedOn]:
-    """The networks that are being trained on the pairs; their inputs are known by content alone."""
-    trained = {
-        (step, content): len(rows.trained)
-        for (step, key), rows in rows_by_artifact.items()
-        if rows.trained
-        for content in _contents_of(workspace.artifact(step, key), manifests[step].get(key))
-    }
-    networks: list[TrainedOn] = []
-    for row in STEP_ROWS.values():
-        for key in workspace.keys(row.name) if row.trains and trained else ():
-            artifact = workspace.artifact(row.name, key)
-            if key not in manifests[row.name] and artifact.exists(INPUTS):
-                contents: dict[str, str] = artifact.read_json(INPUTS)
-                source = _source_of(contents)
-                content = contents.get(source, "")
-                if (source, content) in trained:
-                    networks.append(TrainedOn(row.name, key, trained[source, content], source, content))
-    return networks
-
-
-def _continued(dirty: Iterable[Manifest], networks: Iterable[TrainedOn]) -> list[tuple[str, str]]:
-    """The networks that some of ``dirty`` have continued."""
-    origins = {(one.step, one.metrics["continued"]["key"]) for one in dirty if "continued" in one.metrics}
-    return [(one.step, one.key) for one in networks if (one.step, one.key) in origins]
-
-
-def _source_of(inputs: Mapping[str, str]) -> str:
-    """The input that says which rows a training reads; empty if it reads none."""
-    return next((name for name in _ROWS_OF_NETWORK if name in inputs), "")
-
-
-def _contents_of(artifact: Artifact, manifest: Manifest | None) -> tuple[str, ...]:
-    """The contents of which a training may say that it reads them; also of a download that was opened again."""
-    before = Before.read(artifact) if manifest is None else Before.of(manifest)
-    return () if before is None else (before.content, *before.former_contents)
-
-
 def _made_from(
-    manifests: Mapping[str, Mapping[str, Manifest]], roots: set[tuple[str, str]]
+    manifests: Mapping[str, Mapping[str, Manifest]], roots: Collection[tuple[str, str]]
 ) -> tuple[tuple[str, str], ...]:
     """Artifacts, and all that were made from them, directly or not, in the order of the steps."""
     users: defaultdict[tuple[str, str], set[tuple[str, str]]] = defaultdict(set)

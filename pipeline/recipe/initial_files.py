@@ -5,6 +5,7 @@ A plan looks for them before anything runs, and the checkpoints themselves are w
 
 import json
 from pathlib import Path
+from typing import Any
 
 _SUFFIX = ".safetensors"
 _MOST_HEADER_BYTES = 100_000_000
@@ -19,12 +20,24 @@ def file_name(first: str, number: int, num_files: int) -> str:
 def num_files(path: str) -> int:
     """How many files a checkpoint has, by the header of its first; 1 for a file that says nothing of others."""
     try:
-        with Path(path).open("rb") as stream:
-            num_bytes = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(num_bytes) if num_bytes <= _MOST_HEADER_BYTES else b"")
-        return len(json.loads(header["__metadata__"]["seals"]))
+        return len(json.loads(_metadata(path)["seals"]))
     except (OSError, ValueError, KeyError, TypeError):  # no checkpoint, or a damaged one: the training says which
         return 1
+
+
+def key_in(path: str) -> str:
+    """Key of the training that wrote a checkpoint, by the header of its first file; empty for another file."""
+    try:
+        return str(_metadata(path)["digest"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _metadata(path: str) -> Any:
+    with Path(path).open("rb") as stream:
+        num_bytes = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(num_bytes) if num_bytes <= _MOST_HEADER_BYTES else b"")
+    return header["__metadata__"]
 
 
 def missing_files(path: str) -> list[str]:

@@ -38,8 +38,8 @@ class Node:
     inputs: dict[str, str]
     """Key of each input, by step name."""
     others: tuple[tuple[str, str], ...] = ()
-    """Step and key of what it reads beside its inputs: the embeddings of an index to which others were appended, and
-    the training that one with more phases continued."""
+    """Step and key of what it reads beside its inputs: the embeddings of an index to which others were appended, the
+    training that one with more phases continued, and the network with whose weights one began by ``init_from``."""
     recipes: tuple[str, ...] = ()
     """Names of the recipes of this workspace whose plan holds it."""
     created: float = 0.0
@@ -99,9 +99,17 @@ def write_origin(folder: Path, recipe: Recipe, artifacts: Mapping[str, Artifact]
 
 def exported_weights(network: Artifact) -> str:
     """SHA-256 of the file of weights of a network in an exported folder, as it was exported; empty for another one."""
+    exported = exported_network(network)
+    return "" if exported is None else exported[2]
+
+
+def exported_network(network: Artifact) -> tuple[str, str, str] | None:
+    """Step, key and ``exported_weights`` of a network in an exported folder; None for another one."""
     folder, _, name = network.uri.rpartition("/")
     origin = _read_origin(folder) if folder else None
-    return "" if origin is None else origin.weights.get(name, "")
+    if origin is None or name not in origin.networks:
+        return None
+    return name, origin.networks[name], origin.weights.get(name, "")
 
 
 def _read_origin(folder: str) -> _Origin | None:
@@ -250,8 +258,9 @@ def indexed_embeddings(step: str, artifact: Artifact) -> list[tuple[str, str]]:
 
 def _done(artifact: Artifact, manifest: Manifest, recipes: tuple[str, ...]) -> Node:
     others = [one for one in indexed_embeddings(manifest.step, artifact) if one not in manifest.inputs.items()]
-    if "continued" in manifest.metrics:
-        others.append((manifest.step, manifest.metrics["continued"]["key"]))
+    sources = [manifest.metrics[name] for name in ("continued", "begun_with") if name in manifest.metrics]
+    weights_from = [(source.get("name", manifest.step), source["key"]) for source in sources]
+    others += [one for one in weights_from if one not in manifest.inputs.items()]
     shards = {name.rpartition("/")[2].partition(".")[0] for name in manifest.files}
     return Node(
         manifest.step,

@@ -17,11 +17,11 @@ from pipeline.data.order import Share
 from pipeline.errors import ResumeError
 from pipeline.networks.diffusion_loss import draws_of
 from pipeline.networks.files import num_parameters
-from pipeline.recipe.steps import STEP_ROWS
 from pipeline.train.accumulation import Place
 from pipeline.train.assemble import Parts, TrainJob, assemble
 from pipeline.train.diagnosis import describe, find_culprits, find_culprits_together, of_all_workers
 from pipeline.train.loop import learning_rate, make_step, random_of_step, train
+from pipeline.train.origin import note_begun_with, note_continued, origin_of, source_of
 from pipeline.train.results import read_beside, read_result, result_steps
 from pipeline.train.resume import CheckpointWriter, Damage, Keep, load_newest_checkpoint, require_measure
 from pipeline.train.sharding import create_mesh, is_sharded, shard
@@ -31,10 +31,9 @@ from pipeline.train.stop import StoppedError, StopVote, WantsStop, never
 from pipeline.train.validation import Validation
 from pipeline.workspace.manifest import has_content
 from pipeline.workspace.progress import METRICS
-from pipeline.workspace.store import INPUTS, LIVE, MANIFEST, Artifact
+from pipeline.workspace.store import LIVE, MANIFEST, Artifact
 
 Json = dict[str, Any]
-_ORIGIN = f"{LIVE}origin.json"
 _DAMAGED = f"{LIVE}damaged.json"
 _PASSED = f"{LIVE}passed.jsonl"
 """Rows of the curves beyond the checkpoint that a start continued from: if it has passed over a later one that is whole
@@ -186,9 +185,10 @@ def continue_training(state: TrainState, job: TrainJob, warn: Callable[[Damage],
     """
     if load_newest_checkpoint(state, job.output, job.digest, warn):
         return MetricsLog(job.output, state.step)
+    note_begun_with(job)
     finished, not_continued = None, list[str]()
     for earlier in job.earlier:
-        source = _source_of(earlier.artifact)
+        source = source_of(earlier.artifact)
         if changed := _made_anew(source["input_contents"], job.inputs):
             not_continued.append(
                 f"{earlier.artifact.uri} is not continued: it was trained on another {' and '.join(changed)}, made "
@@ -196,8 +196,7 @@ def continue_training(state: TrainState, job: TrainJob, warn: Callable[[Damage],
             )
             continue
         if load_newest_checkpoint(state, earlier.artifact, earlier.key, warn, last_step=earlier.last_step):
-            if job.rank == 0:
-                job.output.write_json(_ORIGIN, {"key": earlier.key, "step": state.step, **source})
+            note_continued(job, {"key": earlier.key, "step": state.step, **source})
             return MetricsLog(job.output, state.step, before=earlier.artifact)
         if earlier.artifact.exists(MANIFEST):
             finished = finished or earlier
@@ -211,38 +210,16 @@ def continue_training(state: TrainState, job: TrainJob, warn: Callable[[Damage],
             f"{finished.artifact.uri}: the training that phases from step {finished.last_step} on would continue is "
             f"finished and kept no state of its optimizer (resources.keep_state); {instead}"
         )
-    if job.rank == 0:
-        job.output.remove(_ORIGIN)  # of a start that was killed before its first checkpoint
+    note_continued(job, {})
     log = MetricsLog(job.output, 0)
     log.not_continued = "; ".join(not_continued)
     return log
-
-
-def _source_of(artifact: Artifact) -> Json:
-    """What the weights of a training come from, finished or not: the content of its inputs, and what it continued."""
-    manifest = artifact.manifest()
-    if manifest is None:
-        contents, continued = artifact.find_json(INPUTS) or {}, artifact.find_json(_ORIGIN)
-    else:
-        contents, continued = manifest.input_contents, manifest.metrics.get("continued")
-    source: Json = {"input_contents": contents}
-    return source | ({"continued": continued} if continued else {})
 
 
 def _made_anew(contents: dict[str, str], inputs: dict[str, Artifact]) -> list[str]:
     """Names of the inputs that have other content now; one from which rows were forgotten counts as the same."""
     manifests = {name: inputs[name].manifest() for name in sorted(contents.keys() & inputs.keys())}
     return [name for name, manifest in manifests.items() if manifest and not has_content(manifest, contents[name])]
-
-
-def origin_of(job: TrainJob) -> Json:
-    """The training that this one continued, and the network whose weights it began with, for the manifest."""
-    origin: Json = {"continued": job.output.read_json(_ORIGIN)} if job.output.exists(_ORIGIN) else {}
-    name = STEP_ROWS[job.name].begins_with
-    if name in job.inputs:
-        key = job.inputs[name].uri.rpartition("/")[2]
-        origin["begun_with"] = {"name": name, "key": key, **_source_of(job.inputs[name])}
-    return origin
 
 
 class MetricsLog:

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import secrets
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,17 +100,17 @@ class Forgotten:
         Its weights may come from other trainings: one that it continued with more phases, or a network that it began
         with. Pairs that these were trained on count as its own.
         """
-        trainings = list(_trainings(manifest.step, manifest.key, manifest.input_contents, manifest.metrics))
+        trainings = list(trainings_of(manifest.step, manifest.key, manifest.input_contents, manifest.metrics))
+        return sum(most_pairs(entry.networks, trainings) for entry in self.entries)
 
-        def has_read(network: TrainedOn) -> bool:
-            return any(
-                (network.step, network.key) == (step, key)
-                and (contents is None or network.content == contents.get(network.source, ""))
-                for step, key, contents in trainings
-            )
-
-        # The trainings of one network read the same pairs.
-        return sum(max((one.pairs for one in entry.networks if has_read(one)), default=0) for entry in self.entries)
+    def begun_with(self, manifest: Manifest) -> tuple[str, str] | None:
+        """Step and key of the network with whose weights a finished one began, if forgotten pairs were in these."""
+        source = manifest.metrics.get("begun_with")
+        if not source:
+            return None
+        name, key = source.get("name", manifest.step), source["key"]
+        trainings = list(trainings_of(name, key, source.get("input_contents"), source))
+        return (name, key) if any(most_pairs(entry.networks, trainings) for entry in self.entries) else None
 
     @property
     def digest(self) -> str:
@@ -125,10 +125,12 @@ class Forgotten:
         return hashlib.blake2b(name.encode(), key=self.salt.encode(), digest_size=_DIGEST_BYTES).hexdigest()
 
 
-def _trainings(
-    step: str, key: str, contents: dict[str, str] | None, sources: Json
-) -> Iterator[tuple[str, str, dict[str, str] | None]]:
-    """The trainings that weights have been through: step, key, and the content of the inputs; None: not known.
+Training = tuple[str, str, dict[str, str] | None]
+"""Step and key of a training, and the content of its inputs by step name; None: not known."""
+
+
+def trainings_of(step: str, key: str, contents: dict[str, str] | None, sources: Json) -> Iterator[Training]:
+    """The trainings that weights have been through, their own first.
 
     Args:
         step: Of the network.
@@ -139,7 +141,23 @@ def _trainings(
     yield step, key, contents
     for source in (sources.get("continued"), sources.get("begun_with")):
         if source:
-            yield from _trainings(source.get("name", step), source["key"], source.get("input_contents"), source)
+            yield from trainings_of(source.get("name", step), source["key"], source.get("input_contents"), source)
+
+
+def most_pairs(networks: Iterable[TrainedOn], trainings: Sequence[Training]) -> int:
+    """Pairs of one call that weights have been trained on: those of the training that has read most of them.
+
+    Nearly always all of them read the same. Of several that read different ones it is the least that it can be.
+    """
+
+    def has_read(network: TrainedOn) -> bool:
+        return any(
+            (network.step, network.key) == (step, key)
+            and (contents is None or network.content == contents.get(network.source, ""))
+            for step, key, contents in trainings
+        )
+
+    return max((one.pairs for one in networks if has_read(one)), default=0)
 
 
 @dataclass(frozen=True)

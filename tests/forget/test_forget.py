@@ -138,6 +138,62 @@ def test_what_a_network_would_continue_again_is_to_be_moved_away(made: Made, tmp
     assert "move" not in unclip_here("plan", str(recipe)).stdout
 
 
+def test_a_network_that_began_with_weights_of_one_that_was_trained_on_pairs_is_named(made: Made) -> None:
+    """By init_from: its own rows have none of the pairs."""
+    prior = made.artifact("prior")
+    manifest = prior.manifest()
+    assert manifest is not None
+    source = {"name": "prior", "key": prior.key, "input_contents": manifest.input_contents}
+    begun, pictures, under_way = (
+        made.workspace.artifact(step, key) for step, key in (("prior", "b"), ("evaluate", "p"), ("prior", "u"))
+    )
+    clean = {"inputs": {"embed": "of others"}, "input_contents": {"embed": "no such pair"}}
+    begun.commit(dataclasses.replace(manifest, key="b", metrics={"begun_with": source}, **clean))
+    pictures.commit(dataclasses.replace(manifest, step="evaluate", key="p", inputs={"prior": "b"}))
+    under_way.write_json(INPUTS, clean["input_contents"])
+    under_way.write_json("live/begun_with.json", {"name": "prior", "key": "b", "begun_with": source})
+    search_result = forget_names(made, BY_URL)
+    assert search_result.begun_with == ((("prior", "b"), ("prior", prior.key)), (("prior", "u"), ("prior", "b")))
+    assert not [one for one in search_result.networks if one.key in {"b", "u"}]
+    assert {("prior", "b"), ("evaluate", "p")} <= {*search_result.dirty}
+    assert search_result.roots == (
+        ("clip", made.artifact("clip").key),
+    )  # who makes the first one anew has other weights
+    begun_manifest = begun.manifest()
+    assert begun_manifest is not None
+    assert Forgotten.read(made.workspace.root).trained_on(begun_manifest) == 1
+
+    prior.destroy()  # nobody needs it any more
+    search_result = forget_names(made, BY_UID)
+    assert [(one.step, one.key) for one in search_result.earlier] == [("prior", prior.key)]
+    assert ("prior", prior.key) not in {(one.step, one.key) for one in search_result.networks}
+    assert ("prior", "b") in search_result.roots
+    assert Forgotten.read(made.workspace.root).trained_on(begun_manifest) == 2
+
+
+def test_weights_with_which_a_network_would_begin_again_are_named(made: Made, tmp_path: Path) -> None:
+    prior = made.artifact("prior")
+    manifest = prior.manifest()
+    assert manifest is not None
+    made.workspace.artifact("prior", "first").commit(dataclasses.replace(manifest, key="first"))
+    source = {"name": "prior", "key": "first", "input_contents": manifest.input_contents}
+    prior.write_json(MANIFEST, dataclasses.replace(manifest, metrics={"begun_with": source}).to_dict())
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(tomli_w.dumps(without_none(to_dict(made.recipe))))
+    done = unclip_here("forget", BY_URL, "--recipe", str(recipe), "--delete").stdout
+    assert f"{prior.key}  began with the weights of prior/first, which was trained on them\n" in done
+    assert (
+        "before that, let prior.init_from name other weights than those of prior/first: the prior that is made" in done
+    )
+    assert (
+        "forgotten; let prior.init_from name other weights than those of prior/first, which was trained on them, "
+        in (unclip_here("plan", str(recipe)).stdout)
+    )
+    answer = unclip_json("forget", BY_URL, "--recipe", str(recipe))
+    weights = {"step": "prior", "key": "first"}
+    assert answer["begun_with"] == [{"step": "prior", "key": prior.key, "weights": weights}]
+
+
 def _answers(workspace: Workspace, key: str, row: dict[str, str]) -> Artifact:
     """A batch search that found one row."""
     output = workspace.artifact("search", key)

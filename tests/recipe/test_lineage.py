@@ -141,3 +141,7 @@ def test_lineage_shows_appended_embeddings_and_the_training_that_was_continued(r
     prior.remove(MANIFEST)
     prior.commit(dataclasses.replace(manifest, metrics={"continued": {"key": old_keys["prior"], "step": 5}}))
     assert trace(prior.uri).nodes[0].others == (("prior", old_keys["prior"]),)
+    prior.remove(MANIFEST)
+    begun_with = {"name": "prior_2", "key": old_keys["prior"]}
+    prior.commit(dataclasses.replace(manifest, metrics={"begun_with": begun_with}))
+    assert trace(prior.uri).nodes[0].others == (("prior_2", old_keys["prior"]),)
