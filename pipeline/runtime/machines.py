@@ -1,7 +1,8 @@
 """A look at the machines of a cluster: whether each on which a step may run has packages and workspace of the run.
 
 All are looked at before the first step begins, and the run is refused if one is unfit. Those that come later are looked
-at when they come: a run that works on others goes on, and says which one is unfit.
+at when they come: a run that works on others goes on, and says which one is unfit. Its trainings read which they are,
+and leave them out.
 """
 
 import contextlib
@@ -25,6 +26,8 @@ from pipeline.workspace.store import Workspace
 
 SEEN = "machines.json"
 """A number of the run that goes on, in ``recipes/<name>``, which every machine must see."""
+JUDGED = "judged.json"
+"""Beside it, of a run on a cluster: what is wrong with each machine that has answered, by Ray's id; empty: nothing."""
 _EVERY_S = 5.0
 _SHOWS_WITHIN_S = 25.0  # a shared folder may show new files late; shorter than the longest look
 _LONGEST_LOOK_S = 30.0
@@ -52,17 +55,18 @@ class Machines:
             if hasattr(section, "resources")
         ]
         self._workspace = Workspace(recipe.workspace)
+        self._home = self._workspace.artifact("recipes", recipe.name)
+        self._home.remove(JUDGED)  # of another run, which may have had other machines
         self._file, self._number = "", uuid.uuid4().hex
         """What every machine must see if the workspace is a folder: of this run, for one whose own disk has a folder of
         this name may have run the same recipe."""
         if self._workers and self._workspace.is_local:
-            home = self._workspace.artifact("recipes", recipe.name)
-            home.write_json(SEEN, {"run": self._number})
-            self._file = f"{home.uri}/{SEEN}"
+            self._home.write_json(SEEN, {"run": self._number})
+            self._file = f"{self._home.uri}/{SEEN}"
         self._asked: dict[str, Any] = {}
         """What each machine's task will return, by the machine; None once it has answered or gone."""
-        self._unfit: dict[str, str] = {}
-        """What is wrong with which machine, by the machine."""
+        self._judged: dict[str, str] = {}
+        """What is wrong with each machine that has answered; empty: nothing."""
         self._has_fit = False
         self._looked_at = float("-inf")
         if unfit := self._find_unfit(_LONGEST_LOOK_S):
@@ -92,8 +96,8 @@ class Machines:
             ConfigError: As ``look``.
         """
         self.look(wait_s=_LONGEST_LOOK_S)
-        there = living_machines() if self._unfit else set[str]()
-        unfit = "; ".join(sorted({words for machine, words in self._unfit.items() if machine in there}))
+        there = living_machines() if any(self._judged.values()) else set[str]()
+        unfit = "; ".join(sorted({words for machine, words in self._judged.items() if words and machine in there}))
         return type(error)(f"{error}; perhaps it ran on an unfit machine: {unfit}") if unfit else error
 
     def _find_unfit(self, wait_s: float) -> str:
@@ -115,13 +119,14 @@ class Machines:
             try:
                 lack, name = ray.get(task)
             except ray.exceptions.RayError:  # the machine has gone, or gives up its task: its work will tell
+                self._judged[machine] = ""
                 continue
             complaints += filter(None, [lack])
             elsewhere += filter(None, [name])
-            if lack or name:
-                self._unfit[machine] = lack or f"{name} does not see the workspace"
-            else:
-                self._has_fit = True
+            self._judged[machine] = lack or (f"{name} does not see the workspace" if name else "")
+            self._has_fit = self._has_fit or not self._judged[machine]
+        if answered:
+            self._home.write_json(JUDGED, self._judged)
         unfit = list[str]()
         if complaints:
             unfit.append(
@@ -138,6 +143,15 @@ class Machines:
 
     def _may_work(self, node: dict[str, Any]) -> bool:
         return node["Alive"] and any(machine_has(node, amounts_of(worker), worker) for worker in self._workers)
+
+
+def judged_machines(recipe: Recipe) -> dict[str, str] | None:
+    """What the run that goes on knows to be wrong with each machine of its cluster, by Ray's id; empty: nothing.
+
+    Returns:
+        None if it looks at none: on a Ray of its own.
+    """
+    return Workspace(recipe.workspace).artifact("recipes", recipe.name).find_json(JUDGED)
 
 
 @ray.remote(num_cpus=0, max_retries=0)

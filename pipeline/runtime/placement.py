@@ -6,7 +6,7 @@ eight GPUs, and every controller for the head, which no spot market takes away. 
 first; where no machine has a role, only it counts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import ray
@@ -22,6 +22,8 @@ ROLE = "unclip-role"
 """Label of a machine that says what it is there for."""
 DISK = "disk_gb"
 """Resource of a machine that says what its disk has room for, in GB."""
+_MACHINE = "ray.io/node-id"
+"""Label of every machine with its id, by Ray."""
 
 _FIELDS = {
     "CPU": "cpus_per_worker",
@@ -53,6 +55,20 @@ def worker_options(step: str, resources: TaskResources | TrainResources, *, has_
     if resources.disk_gb_per_worker:
         options["resources"] = {DISK: resources.disk_gb_per_worker}
     return options
+
+
+def on_machines(options: dict[str, Any], machines: Collection[str]) -> dict[str, Any]:
+    """The same options for a worker that is on one of these machines, by Ray's ids; a recipe's choice comes first."""
+    return _with_machines(options, f"in({','.join(sorted(machines))})")
+
+
+def not_on_machines(options: dict[str, Any], machines: Collection[str]) -> dict[str, Any]:
+    """The same options for a worker that is on none of these machines; a recipe's choice comes first."""
+    return _with_machines(options, f"!in({','.join(sorted(machines))})") if machines else options
+
+
+def _with_machines(options: dict[str, Any], selector: str) -> dict[str, Any]:
+    return options | {"label_selector": {_MACHINE: selector, **options.get("label_selector", {})}}
 
 
 def scaling_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -112,7 +128,8 @@ def describe(options: dict[str, Any]) -> str:
         words += f", {options['memory'] / 1e9:g} GB"
     if DISK in options.get("resources", {}):
         words += f", {options['resources'][DISK]:g} GB of disk"
-    labels = ", ".join(f"{name}={value}" for name, value in options.get("label_selector", {}).items())
+    selector = options.get("label_selector", {})
+    labels = ", ".join(f"{name}={value}" for name, value in selector.items() if name != _MACHINE)
     return f"{words} on a machine with {labels}" if labels else words
 
 

@@ -22,6 +22,7 @@ from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.recipe.schedule import needs_of
 from pipeline.runtime.connection import connect
 from pipeline.runtime.context import StepContext
+from pipeline.runtime.machines import JUDGED
 from pipeline.runtime.placement import ROLE, controller_options
 from pipeline.runtime.train import run_training
 from pipeline.workspace.progress import METRICS, read_progress
@@ -173,6 +174,21 @@ def test_only_room_that_the_workers_can_have_changes_their_number(cluster: Clust
     assert not {"num_preemptions", "num_failures"} & metrics.keys()
     assert [number for number, _ in _parts(elastic.output)] == [2, 3]
     assert sum(steps for _, steps in _parts(elastic.output)) == NUM_STEPS
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+@pytest.mark.slow
+def test_a_training_leaves_out_a_machine_on_which_steps_fail(cluster: Cluster, tmp_path: Path) -> None:
+    context = upsampler_context(_recipe(tmp_path, num_steps=6, num_workers=[1, 2]))
+    unfit, fit = (cluster.add_node(num_cpus=number).node_id for number in (2, 1))
+    home = context.workspace.artifact("recipes", context.recipe.name)
+    home.write_json(JUDGED, {fit: "", unfit: "its Python lacks torch"})
+    with connect(cluster.address):
+        metrics = ray.get(ray.remote(num_cpus=0, max_retries=0)(run_training).remote(context)).metrics
+    assert metrics["num_steps"] == 6
+    places = context.output.read_json(f"{LIVE}workers.json")["workers"]
+    assert [place["machine"] for place in places] == [fit]
 
 
 @pytest.mark.ray

@@ -13,10 +13,12 @@ from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 
 from pipeline.recipe.recipe import parse_recipe
+from pipeline.runtime.machines import JUDGED
 from pipeline.runtime.placement import (
     ROLE,
     cluster_has_roles,
     free_room,
+    on_machines,
     packing,
     scaling_options,
     worker_options,
@@ -25,7 +27,7 @@ from pipeline.runtime.scaling import RoomPolicy
 from pipeline.runtime.stopping import tell_of_room
 from pipeline.runtime.validate import lacks
 from pipeline.workspace.progress import read_progress
-from pipeline.workspace.store import Artifact
+from pipeline.workspace.store import Artifact, Workspace
 from tests.tiny.cluster import cluster_without_cpus, drain
 from tests.tiny.recipe import tiny_tables
 from tests.tiny.training import upsampler_context
@@ -126,6 +128,44 @@ def test_a_machine_that_is_taken_away_is_no_room(cluster: Cluster) -> None:
     _wait_for_room(options, 0)
     assert (packing(options, 2), lacks(options)) == ("PACK", "no machine had 1 CPU free")
     assert ray.get(holder.is_there.remote())
+
+
+def _judge(workspace: Path, machines: dict[str, str]) -> None:
+    """As the process of a run on a cluster, which looks at its machines."""
+    recipe = parse_recipe(tiny_tables(workspace))
+    Workspace(recipe.workspace).artifact("recipes", recipe.name).write_json(JUDGED, machines)
+
+
+def test_a_machine_on_which_steps_fail_is_no_room(cluster: Cluster, tmp_path: Path) -> None:
+    fit, unfit = (cluster.add_node(num_cpus=number).node_id for number in (2, 3))
+    policy, _, options = _policy(tmp_path, num_workers=[1, 5])
+    _wait_for_room(options, 5)
+    assert _next(policy) == (5, "PACK")
+    _judge(tmp_path, {fit: ""})  # the other one has not answered yet
+    assert _next(policy) == (2, "PACK")
+    group: Any = {"scaling_config": policy.scaling_config, "num_workers": 2}
+    assert policy.on_controller_start_worker_group(**group) is None
+    _judge(tmp_path, {fit: "", unfit: "its Python lacks torch"})
+    assert _next(policy) == (2, "PACK")
+    selector = policy.on_controller_start_worker_group(**group)
+    assert selector == policy.scaling_config.label_selector
+    assert free_room(options | {"label_selector": selector}) == 2
+    workers = [_hold(num_cpus=1, label_selector=selector) for _ in range(2)]
+    _wait_for_room(options, 3)
+    assert free_room(on_machines(options, [fit])) == 0  # Ray reads the labels as we do
+    assert not _is_told(policy, 2)
+    ray.kill(workers.pop())
+    _wait_for_room(options, 4)
+    assert _is_told(policy, 1)
+
+    large, output, _ = _policy(tmp_path / "large", num_workers=2, cpus_per_worker=3)
+    _judge(tmp_path / "large", {fit: "", unfit: "its Python lacks torch"})
+    assert _next(large) == (2, "PACK")
+    state = read_progress(output)
+    assert state is not None
+    assert state.text == (
+        "waiting for 2 x 3 CPU; no machine that is there now has that and is fit: its Python lacks torch"
+    )
 
 
 def test_a_fixed_number_is_placed_anew_at_each_try(cluster: Cluster, tmp_path: Path) -> None:
