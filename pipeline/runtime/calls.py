@@ -7,17 +7,22 @@ it has said so, it is submitted again as soon as any machine has gone: it may ha
 An actor's end is seen at once, as in ``pool.py``; but an actor never gets a process that has loaded torch already.
 """
 
+import traceback
 from collections.abc import Callable, Generator
 from typing import Any
 
 import ray
 import ray.exceptions
 
-from pipeline.errors import StepError, first_line
+from pipeline.addresses import without_secrets
+from pipeline.errors import StepError, UnclipError, first_line
 from pipeline.runtime.placement import living_machines
 from pipeline.runtime.worker_logs import logged
+from pipeline.workspace.progress import ERROR
+from pipeline.workspace.store import Artifact
 
 _LOOK_S = 5.0
+_FRAME = '\n  File "'
 
 
 class MachineLostError(Exception):
@@ -85,6 +90,30 @@ def call_again(function: Callable[..., Any], *arguments: Any, options: dict[str,
                 name = options.get("name", function.__name__)
                 raise StepError(f"{name}: lost its worker {losses + 1} times; last time: {first_line(error)}") from None
     raise AssertionError
+
+
+def failure_of(error: ray.exceptions.RayTaskError, name: str, output: Artifact) -> UnclipError:
+    """What a task has failed with, in one line for people.
+
+    Args:
+        error: What Ray says, which may be a traceback of several processes.
+        name: Of the step.
+        output: Receives that as a file, if nobody has foreseen the error.
+    """
+    cause: BaseException = error
+    while isinstance(cause, ray.exceptions.RayTaskError) and isinstance(cause.cause, BaseException):
+        cause = cause.cause  # of a task for which the first one waited
+    if isinstance(cause, UnclipError):
+        return cause
+    output.write_bytes(ERROR, without_secrets("".join(traceback.format_exception(error))).encode())
+    return StepError(f"{name}: {_in_one_line(cause)}; details in {output.uri}/{ERROR}")
+
+
+def _in_one_line(error: BaseException) -> str:
+    """The class and the first line of an error; if its words are a traceback, what this ends with."""
+    if _FRAME in str(error):
+        return str(error).rstrip().splitlines()[-1].strip()
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 @ray.remote

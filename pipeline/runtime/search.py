@@ -8,7 +8,7 @@ from typing import Any
 import ray
 import ray.exceptions
 
-from pipeline.errors import ConfigError, StepError, UnclipError
+from pipeline.errors import ConfigError, StepError
 from pipeline.recipe.garbage import SEARCH, in_use_of
 from pipeline.recipe.plan import Step, finished_artifacts, manifest_of
 from pipeline.recipe.recipe import Recipe
@@ -16,6 +16,7 @@ from pipeline.retrieve.query_list import num_parts, write_queries
 from pipeline.retrieve.retriever import Retriever
 from pipeline.retrieve.search import STEPS, SearchOptions
 from pipeline.runtime.admission import require_room
+from pipeline.runtime.calls import failure_of
 from pipeline.runtime.connection import connect, own_servers, require_alive
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.head import watched_head
@@ -160,7 +161,7 @@ def _answer(context: SearchContext, observer: Observer) -> dict[str, int]:
                 observer.progressed(context.step, state)
         return ray.get(task)
     except ray.exceptions.RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, UnclipError) else error) from None
+        raise failure_of(error, "search", context.output) from None
     except ray.exceptions.RayError as error:
         reason = f"the search lost its Ray task ({type(error).__name__})"
         raise StepError(f"{reason}; what is answered is kept in {context.output.uri}; run again to continue") from None

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import platform
-import traceback
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any
@@ -12,13 +11,13 @@ import psutil
 import ray
 import ray.exceptions
 
-from pipeline.addresses import without_secrets
 from pipeline.data.retries import ask_retry, with_former_contents
-from pipeline.errors import StepError, UnclipError
+from pipeline.errors import StepError
 from pipeline.recipe.appended import notes_on_appended
 from pipeline.recipe.garbage import read_artifacts
 from pipeline.recipe.plan import manifest_of
 from pipeline.recipe.steps import STEP_ROWS
+from pipeline.runtime.calls import failure_of
 from pipeline.runtime.connection import are_alive
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.placement import cluster_has_roles, controller_options
@@ -116,18 +115,18 @@ def run_step(context: StepContext) -> StepResult:
 
 
 def result_of(reference: Any, context: StepContext, ended: Mapping[Any, StepError]) -> StepResult:
-    """The result of a step that Ray has finished, or that was ended before."""
+    """The result of a step that Ray has finished, or that was ended before.
+
+    Raises:
+        UnclipError: What it has failed with, in one line.
+    """
     name, output = context.step.name, context.output
     if reference in ended:
         raise ended[reference]
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, UnclipError):
-            raise cause from None
-        output.write_bytes(ERROR, without_secrets("".join(traceback.format_exception(error))).encode())
-        raise StepError(f"{name}: {type(cause).__name__}: {cause}; details in {output.uri}/{ERROR}") from None
+        raise failure_of(error, name, output) from None
     except ray.exceptions.RayError as error:
         raise StepError(
             f"{name}: lost its worker {_STEP_RETRIES + 1} times ({type(error).__name__}); "

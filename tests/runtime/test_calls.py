@@ -17,8 +17,10 @@ import ray
 
 from pipeline.errors import DataError, StepError
 from pipeline.runtime import calls
-from pipeline.runtime.calls import MachineLostError, call, call_again
+from pipeline.runtime.calls import MachineLostError, call, call_again, failure_of
 from pipeline.runtime.placement import controller_options, living_machines
+from pipeline.workspace.progress import ERROR
+from pipeline.workspace.store import Artifact
 from tests.ports import free_ports
 from tests.ray_head import end_with_children
 from tests.tiny.command import ROOT
@@ -75,6 +77,42 @@ def _another_machine(head: Any) -> Generator[subprocess.Popen[bytes]]:
 
 def _family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
+
+
+_NO_IMPORT = """The remote function failed to import on the worker.
+
+Traceback (most recent call last):
+  File "calls.py", line 3, in <module>
+ModuleNotFoundError: No module named 'pyarrow'
+"""
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _fails(error: Exception) -> None:
+    raise error
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def _waits_for_one_that_fails(error: Exception) -> None:
+    ray.get(_fails.remote(error))
+
+
+@pytest.mark.parametrize("task", [_fails, _waits_for_one_that_fails])
+def test_what_a_task_has_failed_with_is_one_line_and_the_traceback_a_file(head: Any, tmp_path: Path, task: Any) -> None:
+    output = Artifact(str(tmp_path))
+    for error, words in (
+        (DataError("shard 3 is damaged"), "shard 3 is damaged"),
+        (KeyError("uid"), "index: KeyError: 'uid'"),
+        (ValueError("first line\nsecond line"), "index: ValueError: first line"),
+        (RuntimeError(_NO_IMPORT), "index: ModuleNotFoundError: No module named 'pyarrow'"),
+    ):
+        with pytest.raises(ray.exceptions.RayTaskError) as raised:
+            ray.get(task.remote(error))
+        failure, is_unforeseen = failure_of(raised.value, "index", output), not isinstance(error, DataError)
+        assert str(failure) == words + (f"; details in {tmp_path}/{ERROR}" if is_unforeseen else "")
+        assert type(failure) is (StepError if is_unforeseen else DataError)
+        assert output.exists(ERROR) == is_unforeseen
+        assert not is_unforeseen or "in _fails\n" in output.path(ERROR).read_text()
 
 
 def _sleeps(mark: str) -> None:

@@ -17,7 +17,7 @@ from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.recipe.recipe import parse_recipe
 from pipeline.runtime import machines as looking
 from pipeline.runtime.machines import JUDGED, SEEN, Machines, judged_machines
-from pipeline.workspace.progress import read_progress
+from pipeline.workspace.progress import ERROR, read_progress
 from pipeline.workspace.store import Artifact, Workspace
 from tests.ports import free_port
 from tests.tiny.cluster import cluster_without_cpus, joined_cluster
@@ -138,7 +138,12 @@ def test_a_run_goes_on_when_an_unfit_machine_comes_and_names_it_when_a_step_fail
         text, _ = run.communicate(timeout=200)
     assert run.returncode == 4, text
     assert re.search(rf"a machine has come on which steps fail, take it out of the cluster: {_LACKS}", text), text
-    assert re.search(rf"; perhaps it ran on an unfit machine: {_LACKS}$", text.splitlines()[-1]), text
+    words = (
+        rf"index: ModuleNotFoundError: \w+; details in \S+/error\.txt; perhaps it ran on an unfit machine: {_LACKS}$"
+    )
+    assert re.search(words, text.splitlines()[-1]), text
+    assert "Traceback" not in text
+    assert "Traceback" in outputs["index"].path(ERROR).read_text()
     assert outputs["upsampler_1"].manifest() is not None
 
 
