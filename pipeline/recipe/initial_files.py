@@ -4,8 +4,16 @@ A plan looks for them before anything runs, and the checkpoints themselves are w
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from pipeline.workspace.store import LIVE
+
+CHECKPOINTS = f"{LIVE}checkpoints/"
+"""Where a training writes its checkpoints."""
+KEPT_STATE = "state/"
+"""Where a finished one keeps its last state, if the recipe wants that."""
 
 _SUFFIX = ".safetensors"
 _MOST_HEADER_BYTES = 100_000_000
@@ -15,6 +23,13 @@ _MOST_HEADER_BYTES = 100_000_000
 def file_name(first: str, number: int, num_files: int) -> str:
     """Name of a file of a checkpoint, by the name of its first; numbers begin at 0."""
     return first if number == 0 else first.replace(_SUFFIX, f".{number + 1}-of-{num_files}{_SUFFIX}")
+
+
+def steps_of_checkpoints(names: Iterable[str], folder: str) -> dict[int, str]:
+    """The first files of the checkpoints in a folder, which are written last, by their step; whole or not."""
+    inside = [name for name in names if name.startswith(folder)]
+    steps = {name: name.removeprefix(folder).removesuffix(_SUFFIX) for name in inside}
+    return {int(step): name for name, step in steps.items() if step.isdigit()}
 
 
 def num_files(path: str) -> int:

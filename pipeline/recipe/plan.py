@@ -15,15 +15,16 @@ from typing import Any
 from pipeline.addresses import values_without_secrets, without_password
 from pipeline.errors import ConfigError, DataError
 from pipeline.recipe.appended import notes_on_appended
-from pipeline.recipe.initial_files import missing_files, num_files
+from pipeline.recipe.continued import made_anew, notes_on_start
+from pipeline.recipe.initial_files import CHECKPOINTS, missing_files, num_files
 from pipeline.recipe.recipe import SAMPLING, Recipe, flatten, to_dict, without_resources
 from pipeline.recipe.sections import StepSection
 from pipeline.recipe.steps import STEPS, StepRow
 from pipeline.recipe.train_sections import is_checkpoint
 from pipeline.workspace.digests import fingerprint, unseen_files
 from pipeline.workspace.files import exists
-from pipeline.workspace.manifest import Manifest, ShardRecord, has_content
-from pipeline.workspace.store import LIVE, MANIFEST, Artifact, UserArtifact, Workspace
+from pipeline.workspace.manifest import Manifest, ShardRecord
+from pipeline.workspace.store import MANIFEST, Artifact, UserArtifact, Workspace
 
 Json = dict[str, Any]
 
@@ -54,8 +55,9 @@ class StepStatus:
     """done, partial (committed shards or checkpoints wait to be continued), todo, or unreadable (it has a manifest that
     cannot be read: a run stops there)."""
     reasons: tuple[str, ...]
-    """Why it has to run: the fields that differ from the newest artifact of the step; or why it cannot be read. Of a
-    step that is done: why it may have to run again, or what else is to be done about it."""
+    """Why it has to run: the fields that differ from the newest artifact of the step, and from where it starts if that
+    is not what one expects; or why it cannot be read. Of a step that is done: why it may have to run again, or what
+    else is to be done about it."""
     manifest: Manifest | None
 
 
@@ -292,7 +294,7 @@ def plan_status(workspace: Workspace, steps: list[Step]) -> list[StepStatus]:
         ConfigError: If the workspace's object store cannot be used as it is set.
     """
     workspace.check()
-    statuses, inputs, outdated = list[StepStatus](), dict[str, Manifest](), set[str]()
+    statuses, inputs, outdated, todo = list[StepStatus](), dict[str, Manifest](), set[str](), set[str]()
     for step in steps:
         artifact = artifact_of(workspace, step)
         try:
@@ -300,13 +302,10 @@ def plan_status(workspace: Workspace, steps: list[Step]) -> list[StepStatus]:
         except DataError as error:
             statuses.append(StepStatus(step, "unreadable", (str(error),), None))
             continue
+        finished = {name: inputs[name] for name in step.inputs if name in inputs and name not in todo}
         if manifest is not None:
             inputs[step.name] = manifest
-            anew = [
-                name
-                for name, content in manifest.input_contents.items()
-                if name in inputs and not has_content(inputs[name], content)
-            ]
+            anew = made_anew(manifest.input_contents, inputs)
             reasons = tuple(f"{name} was made anew, with other content" for name in anew)
             if not anew:
                 made_of = [name for name in step.inputs if name in outdated]
@@ -315,12 +314,16 @@ def plan_status(workspace: Workspace, steps: list[Step]) -> list[StepStatus]:
                 outdated.add(step.name)
             if step.name == "index":
                 reasons += notes_on_appended(artifact, step.inputs, is_made_anew=bool(reasons))
-            statuses.append(StepStatus(step, "todo" if anew else "done", reasons, None if anew else manifest))
-            continue
-        earlier, damages = workspace.manifests(step.name)
-        reasons = _differences(earlier[0], step) if earlier else ["never run"]
-        state = "partial" if artifact.names() else "todo"
-        statuses.append(StepStatus(step, state, (*reasons, *damages), None))
+            state = "todo" if anew else "done"
+        else:
+            earlier, damages = workspace.manifests(step.name)
+            reasons = (*(_differences(earlier[0], step) if earlier else ["never run"]), *damages)
+            state = "partial" if artifact.names() else "todo"
+        if state != "done":
+            todo.add(step.name)
+            unfinished = [name for name in step.inputs if name not in finished]
+            reasons += notes_on_start(artifact, earlier_trainings(step), finished, unfinished)
+        statuses.append(StepStatus(step, state, reasons, manifest if state == "done" else None))
     return statuses
 
 
@@ -379,7 +382,7 @@ def passing_inputs(recipe: Recipe) -> list[str]:
         "plan without it: "
         f"{_to_copy(path)} elsewhere and name the copy (the same content goes on with the same training)"
         for name, section in recipe.trained().items()
-        if is_checkpoint(path := getattr(section, "init_from", "")) and f"{LIVE}checkpoints/" in path
+        if is_checkpoint(path := getattr(section, "init_from", "")) and CHECKPOINTS in path
     ]
 
 
@@ -399,7 +402,7 @@ def _require_whole(recipe: Recipe, section: StepSection, step: Step) -> None:
     missing = missing_files(path) if is_checkpoint(path) else []
     if not missing:
         return
-    begun = (MANIFEST, f"{LIVE}checkpoints/")
+    begun = (MANIFEST, CHECKPOINTS)
     if not any(name.startswith(begun) for name in artifact_of(Workspace(recipe.workspace), step).names()):
         raise ConfigError(
             f"{step.name}: init_from {path} is the first of {num_files(path)} files of a checkpoint, and {missing[0]} "

@@ -17,6 +17,7 @@ from pipeline.data.order import Share
 from pipeline.errors import ResumeError
 from pipeline.networks.diffusion_loss import draws_of
 from pipeline.networks.files import num_parameters
+from pipeline.recipe.continued import made_anew
 from pipeline.train.accumulation import Place
 from pipeline.train.assemble import Parts, TrainJob, assemble
 from pipeline.train.diagnosis import describe, find_culprits, find_culprits_together, of_all_workers
@@ -29,7 +30,6 @@ from pipeline.train.speed import Speed, describe_speed
 from pipeline.train.state import TrainState, create_state
 from pipeline.train.stop import StoppedError, StopVote, WantsStop, never
 from pipeline.train.validation import Validation
-from pipeline.workspace.manifest import has_content
 from pipeline.workspace.progress import METRICS
 from pipeline.workspace.store import LIVE, MANIFEST, Artifact
 
@@ -189,7 +189,7 @@ def continue_training(state: TrainState, job: TrainJob, warn: Callable[[Damage],
     finished, not_continued = None, list[str]()
     for earlier in job.earlier:
         source = source_of(earlier.artifact)
-        if changed := _made_anew(source["input_contents"], job.inputs):
+        if changed := _changed_since(source["input_contents"], job.inputs):
             not_continued.append(
                 f"{earlier.artifact.uri} is not continued: it was trained on another {' and '.join(changed)}, made "
                 "anew since"
@@ -216,10 +216,10 @@ def continue_training(state: TrainState, job: TrainJob, warn: Callable[[Damage],
     return log
 
 
-def _made_anew(contents: dict[str, str], inputs: dict[str, Artifact]) -> list[str]:
-    """Names of the inputs that have other content now; one from which rows were forgotten counts as the same."""
-    manifests = {name: inputs[name].manifest() for name in sorted(contents.keys() & inputs.keys())}
-    return [name for name, manifest in manifests.items() if manifest and not has_content(manifest, contents[name])]
+def _changed_since(contents: dict[str, str], inputs: dict[str, Artifact]) -> list[str]:
+    """Names of the inputs that were made anew since they had these contents."""
+    manifests = {name: manifest for name in contents.keys() & inputs.keys() if (manifest := inputs[name].manifest())}
+    return made_anew(contents, manifests)
 
 
 class MetricsLog:

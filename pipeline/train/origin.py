@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import DataError
-from pipeline.recipe.initial_files import key_in
+from pipeline.recipe.initial_files import CHECKPOINTS, key_in
 from pipeline.recipe.lineage import exported_network, weights_of
 from pipeline.recipe.steps import STEP_ROWS, STEPS
 from pipeline.recipe.train_sections import is_checkpoint
@@ -81,7 +81,7 @@ def _of_files(folder: str, file: str, job: TrainJob) -> Json:
     may have been made anew since.
     """
     place = Artifact(folder if is_remote(folder) else str(Path(folder.removeprefix("file://")).resolve()))
-    artifact = Artifact(place.uri.removesuffix(f"/{LIVE}checkpoints")) if file else place
+    artifact = Artifact(place.uri.removesuffix(f"/{CHECKPOINTS}".rstrip("/"))) if file else place
     if (manifest := _manifest(artifact)) is not None:
         return {"name": manifest.step, "key": manifest.key, **source_of(artifact)}
     name = artifact.uri.split("/")[-2]

@@ -6,7 +6,7 @@ import math
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Self
 
@@ -14,13 +14,12 @@ import torch.distributed
 
 from pipeline.allocator import is_out_of_memory
 from pipeline.errors import ConfigError, ResumeError
+from pipeline.recipe.initial_files import CHECKPOINTS, KEPT_STATE, steps_of_checkpoints
 from pipeline.train.checkpoint import Checkpoint, DamagedCheckpointError, Snapshot, restore
 from pipeline.train.results import read_beside, read_result
 from pipeline.train.state import TrainState
-from pipeline.workspace.store import LIVE, Artifact
+from pipeline.workspace.store import Artifact
 
-CHECKPOINTS = f"{LIVE}checkpoints/"
-KEPT_STATE = "state/"
 _SUFFIX = ".safetensors"
 _WAITS_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 """A minute in all: so long a machine may keep what NFS once told it of a folder."""
@@ -68,19 +67,12 @@ def checkpoint_steps(artifact: Artifact) -> list[int]:
 def checkpoint_stamps(artifact: Artifact) -> dict[int, str]:
     """What changes when a checkpoint is written again, by its step, of those of ``checkpoint_steps``."""
     stamps = artifact.stamps(CHECKPOINTS)
-    return {step: stamps[name] for step, name in sorted(_first_files(stamps, CHECKPOINTS).items())}
+    return {step: stamps[name] for step, name in sorted(steps_of_checkpoints(stamps, CHECKPOINTS).items())}
 
 
 def _committed(artifact: Artifact, folder: str) -> dict[int, str]:
     """The first files in a folder, by their step."""
-    return _first_files(artifact.names(), folder)
-
-
-def _first_files(all_names: Iterable[str], folder: str) -> dict[int, str]:
-    """Those of the names in a folder that are the last to be written of their checkpoint, by its step."""
-    names = [name for name in all_names if name.startswith(folder)]
-    steps = {name: name.removeprefix(folder).removesuffix(_SUFFIX) for name in names}
-    return {int(stem): name for name, stem in steps.items() if stem.isdigit()}
+    return steps_of_checkpoints(artifact.names(), folder)
 
 
 class CheckpointWriter:

@@ -16,7 +16,7 @@ from models.sample_random import SampleRandom
 from pipeline.data.batches import Batch
 from pipeline.errors import ConfigError, ResumeError, StepError
 from pipeline.networks.contrast import ContrastiveObjective, Pairs
-from pipeline.recipe.plan import artifact_of, earlier_trainings, make_plan
+from pipeline.recipe.plan import artifact_of, earlier_trainings, make_plan, plan_status
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.train_sections import TrainPhase
 from pipeline.train.accumulation import Place
@@ -80,6 +80,10 @@ def test_a_phase_continues_the_training_that_ran_before_it(tmp_path: Path, input
     def note(done: int, total: int, message: str) -> None:
         steps.append(done)
 
+    [status] = [
+        one for one in plan_status(Workspace(after.recipe.workspace), make_plan(after.recipe)) if one.step.name == STEP
+    ]
+    assert status.reasons[-1] == f"continues {STEP}/{before.digest} from step 2"
     metrics = run_job(after, note)
     assert steps[0] == 2  # the newest checkpoint that is not later than the phase
     assert metrics["continued"] == {"key": before.digest, "step": 2, "input_contents": {}}
