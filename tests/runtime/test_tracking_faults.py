@@ -1,6 +1,8 @@
 """Trackers, disks and storage that fail: the run goes on, and what the tracker should get is kept."""
 
+import errno
 import json
+import os
 import shutil
 import threading
 import time
@@ -42,6 +44,27 @@ def test_a_full_disk_loses_nothing_of_a_curve_and_is_said_once(tmp_path: Path) -
     said = [json.loads(line) for line in records.read_text().splitlines()]
     of_step = [(record["op"], len(record.get("points", ()))) for record in said if record["run"][1] == "prior"]
     assert of_step == [("start", 0), ("inputs", 0), ("metrics", 40)]
+
+
+def test_a_full_disk_that_takes_no_note_of_what_is_sent_is_not_the_server(database: str, tmp_path: Path) -> None:
+    recipe, warnings = recipe_of(database, "noted"), list[str]()
+    context = context_of(recipe, tmp_path)
+    with Tracking(recipe, Workspace(str(tmp_path)), warnings.append) as tracking:
+        (records,) = (tmp_path / "tracking").glob(f"*/{RECORDS}")
+        outbox = Outbox(records.parent)
+        while outbox.num_bytes:
+            time.sleep(0.02)
+        note = records.with_name(f"{SENT}.new")
+        note.symlink_to("/dev/full")
+        tracking.started(context)
+        assert tracking.run_id(context, 60)
+        while not warnings:
+            time.sleep(0.02)
+        note.unlink()
+    [warning] = warnings
+    assert warning.startswith(f"{records.parent}: [Errno {errno.ENOSPC}] {os.strerror(errno.ENOSPC)}; the tracker gets")
+    assert {one.info.status for one in runs_of(database, "noted")} == {"FINISHED", "RUNNING"}
+    assert outbox.num_bytes == 0
 
 
 def test_a_full_disk_at_the_end_hides_no_error_of_the_run(database: str, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ class Delivery:
         outbox: What is delivered.
         open_tracker: Opens the server.
         uri: The server, for messages.
-        warn: Receives one sentence when the server fails, and one when it answers again.
+        warn: Receives one sentence when the server or the disk fails, and one when the server answers again.
         after: Called after each end of a run is delivered, and every five minutes when nothing is left.
     """
 
@@ -45,7 +45,7 @@ class Delivery:
         self._tracker: Tracker | None = None
         self._ready, self._wake, self._stop = threading.Event(), threading.Event(), threading.Event()
         self._delivered_at = self._failed_at = self._after_at = float("-inf")
-        self._is_failing = self._is_unreadable = False
+        self._is_failing = self._is_unreadable = self._is_full = False
         self._num_refusals = 0
         # Daemons: a server that does not answer must not keep the process from ending.
         self._threads = [threading.Thread(target=self._deliver, name="tracking", daemon=True)]
@@ -124,13 +124,16 @@ class Delivery:
             self._wake.clear()
 
     def _deliver_some(self, groups: Sequence[tuple[list[Json], int]]) -> bool:
-        """Deliver groups of records; whether the server took, or refused, them."""
+        """Deliver groups of records; whether the server took, or refused, them, and that is noted."""
+        is_noted = True
         try:
             if self._tracker is None:
                 self._tracker = self._open()
             for records, offset in groups:
                 self._deliver_group(self._tracker, records)
-                self._outbox.mark_sent(offset)
+                is_noted = self._note_sent(offset)
+                if not is_noted:
+                    break
                 self._delivered_at = time.monotonic()
                 is_due = self._delivered_at - self._after_at > _AFTER_EVERY_S and not self._outbox.num_bytes
                 if is_due or any(record["op"] == "finish" for record in records):
@@ -150,6 +153,22 @@ class Delivery:
         if self._is_failing:
             self._is_failing = False
             self._warn(f"tracker {self._uri} answers again")
+        return is_noted
+
+    def _note_sent(self, offset: int) -> bool:
+        """Note what the server has; whether the disk takes that."""
+        try:
+            self._outbox.mark_sent(offset)
+        except OSError as error:
+            self._failed_at = time.monotonic()
+            if not self._is_full:
+                self._is_full = True
+                self._warn(
+                    f"{self._outbox.folder}: {error}; the tracker gets what it has received once more, which changes "
+                    "nothing there, until that can be noted"
+                )
+            return False
+        self._is_full = False
         return True
 
     def _deliver_group(self, tracker: Tracker, records: Sequence[Json]) -> None:

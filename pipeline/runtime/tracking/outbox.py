@@ -31,6 +31,7 @@ class Outbox:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
         self._records, self._sent, self._lock = folder / RECORDS, folder / SENT, folder / _LOCK
         self._thread_lock = threading.Lock()
 
@@ -91,7 +92,11 @@ class Outbox:
         return records
 
     def mark_sent(self, offset: int) -> None:
-        """Say that all before ``offset`` is delivered; an outbox of which all is delivered shrinks to nothing."""
+        """Say that all before ``offset`` is delivered; an outbox of which all is delivered shrinks to nothing.
+
+        Raises:
+            OSError: If the disk is full or cannot be written: what is delivered is read again.
+        """
         self._write_offset(offset)
         if offset >= _COMPACT_BYTES and not self.num_bytes:
             self.compact()
