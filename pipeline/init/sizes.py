@@ -46,7 +46,8 @@ def cpu_tables(num_pairs: int, validation_prob: float, size: Size, steps: int, n
     """A small cascade with the settings of the demo (docs/decisions.md).
 
     The decoder takes most of the arithmetic, so its batches are divided among the cores, as far as that pays. The other
-    trainings have one core each, and run side by side.
+    trainings have one core each, and run side by side: the batch norms of CLIP's ResNet would see a share of each batch
+    alone, and nothing waits for prior and upsamplers that does not wait for the decoder.
 
     Args:
         num_pairs: Pairs of the source.
