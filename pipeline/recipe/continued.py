@@ -40,7 +40,7 @@ def _notes_on_phases(
 ) -> list[str]:
     """From where a training with phases starts that has no checkpoint of its own."""
     root, _, step = artifact.uri.rpartition("/")[0].rpartition("/")
-    workspace, notes, refused = Workspace(root), list[str](), ""
+    workspace, notes, refusal = Workspace(root), list[str](), ""
     for key, last_step in earlier:
         other, where = workspace.artifact(step, key), f"{step}/{key}"
         try:
@@ -63,9 +63,9 @@ def _notes_on_phases(
                 f"begins at step {last_step}",
             ]
         if manifest is not None:
-            refused = refused or (
+            refusal = refusal or (
                 f"cannot continue {where}: it is finished and kept no state of its optimizer (resources.keep_state)"
             )
-    if refused or notes or any(key != artifact.key for key in workspace.keys(step)):
-        notes.append(refused or "begins at step 0: there is no training that its phases can continue")
+    if refusal or notes or any(key != artifact.key for key in workspace.keys(step)):
+        notes.append(refusal or "begins at step 0: there is no training that its phases can continue")
     return notes
