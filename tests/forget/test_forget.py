@@ -144,11 +144,11 @@ def test_a_network_that_began_with_weights_of_one_that_was_trained_on_pairs_is_n
     manifest = prior.manifest()
     assert manifest is not None
     source = {"name": "prior", "key": prior.key, "input_contents": manifest.input_contents}
-    begun, pictures, under_way = (
+    second, pictures, under_way = (
         made.workspace.artifact(step, key) for step, key in (("prior", "b"), ("evaluate", "p"), ("prior", "u"))
     )
     clean = {"inputs": {"embed": "of others"}, "input_contents": {"embed": "no such pair"}}
-    begun.commit(dataclasses.replace(manifest, key="b", metrics={"begun_with": source}, **clean))
+    second.commit(dataclasses.replace(manifest, key="b", metrics={"begun_with": source}, **clean))
     pictures.commit(dataclasses.replace(manifest, step="evaluate", key="p", inputs={"prior": "b"}))
     under_way.write_json(INPUTS, clean["input_contents"])
     under_way.write_json("live/begun_with.json", {"name": "prior", "key": "b", "begun_with": source})
@@ -159,16 +159,16 @@ def test_a_network_that_began_with_weights_of_one_that_was_trained_on_pairs_is_n
     assert search_result.roots == (
         ("clip", made.artifact("clip").key),
     )  # who makes the first one anew has other weights
-    begun_manifest = begun.manifest()
-    assert begun_manifest is not None
-    assert Forgotten.read(made.workspace.root).trained_on(begun_manifest) == 1
+    second_manifest = second.manifest()
+    assert second_manifest is not None
+    assert Forgotten.read(made.workspace.root).trained_on(second_manifest) == 1
 
     prior.destroy()  # nobody needs it any more
     search_result = forget_names(made, BY_UID)
     assert [(one.step, one.key) for one in search_result.earlier] == [("prior", prior.key)]
     assert ("prior", prior.key) not in {(one.step, one.key) for one in search_result.networks}
     assert ("prior", "b") in search_result.roots
-    assert Forgotten.read(made.workspace.root).trained_on(begun_manifest) == 2
+    assert Forgotten.read(made.workspace.root).trained_on(second_manifest) == 2
 
 
 def test_weights_with_which_a_network_would_begin_again_are_named(made: Made, tmp_path: Path) -> None:

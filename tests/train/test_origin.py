@@ -34,7 +34,7 @@ def first(tmp_path: Path) -> TrainJob:
     return job
 
 
-def _begun(first: TrainJob, init_from: Path | str, output: Path) -> TrainJob:
+def _begin(first: TrainJob, init_from: Path | str, output: Path) -> TrainJob:
     section = dataclasses.replace(first.recipe.trained()[STEP], init_from=str(init_from))
     recipe: Recipe = dataclasses.replace(first.recipe, **{STEP: section})
     return dataclasses.replace(first, recipe=recipe, digest="begun", output=Artifact(str(output)))
@@ -55,16 +55,16 @@ def _commit(first: TrainJob, **metrics: Any) -> None:
 def test_a_training_that_began_with_a_checkpoint_says_with_whose_when_that_is_gone(
     first: TrainJob, tmp_path: Path
 ) -> None:
-    begun = _begun(first, first.output.path(checkpoint_name(4)), tmp_path / "begun")
+    second = _begin(first, first.output.path(checkpoint_name(4)), tmp_path / "begun")
 
     def kill(done: int, total: int, message: str) -> None:
         if done == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_job(begun, kill)
+        run_job(second, kill)
     first.output.clear()
-    metrics = run_job(begun, no_watch)
+    metrics = run_job(second, no_watch)
     assert metrics["begun_with"] == _source(first, input_contents=INPUTS_OF_FIRST)["begun_with"]
 
 
@@ -77,20 +77,20 @@ def test_the_network_of_a_folder_is_known_by_its_manifest_with_where_its_own_wei
     _commit(first, begun_with=former)
     shutil.copytree(first.output.uri, copy)
     for folder in (first.output.uri, link, copy, f"file://{first.output.uri}"):
-        job = _begun(first, folder, tmp_path / "begun")
+        job = _begin(first, folder, tmp_path / "begun")
         assert origin_of(job) == _source(first, input_contents=INPUTS_OF_FIRST, begun_with=former)
     first.output.write_bytes(MANIFEST, b"damaged")
-    assert origin_of(_begun(first, first.output.uri, tmp_path / "begun")) == _source(first)
+    assert origin_of(_begin(first, first.output.uri, tmp_path / "begun")) == _source(first)
     (copy / MANIFEST).write_text('{"made by": "another program"}')
-    assert origin_of(_begun(first, copy, tmp_path / "begun")) == {}
+    assert origin_of(_begin(first, copy, tmp_path / "begun")) == {}
 
 
 def test_the_copy_of_a_checkpoint_is_known_by_the_key_in_it(first: TrainJob, tmp_path: Path) -> None:
     copy = tmp_path / "copy.safetensors"
     shutil.copyfile(first.output.path(checkpoint_name(4)), copy)
-    assert origin_of(_begun(first, copy, tmp_path / "begun")) == _source(first)
+    assert origin_of(_begin(first, copy, tmp_path / "begun")) == _source(first)
     copy.unlink()
-    assert origin_of(_begun(first, copy, tmp_path / "begun")) == {}
+    assert origin_of(_begin(first, copy, tmp_path / "begun")) == {}
 
 
 def test_a_network_of_an_exported_folder_is_known_by_that(first: TrainJob, tmp_path: Path) -> None:
@@ -99,9 +99,9 @@ def test_a_network_of_an_exported_folder_is_known_by_that(first: TrainJob, tmp_p
     shutil.copytree(first.output.uri, folder)
     (folder / MANIFEST).unlink()
     write_origin(folder.parent, first.recipe, {STEP: first.output})
-    assert origin_of(_begun(first, folder, tmp_path / "begun")) == _source(first, input_contents=INPUTS_OF_FIRST)
+    assert origin_of(_begin(first, folder, tmp_path / "begun")) == _source(first, input_contents=INPUTS_OF_FIRST)
     first.output.write_bytes("model.safetensors", b"made anew")
     _commit(first)
-    assert origin_of(_begun(first, folder, tmp_path / "begun")) == _source(first)
+    assert origin_of(_begin(first, folder, tmp_path / "begun")) == _source(first)
     (folder.parent / "unclip.json").write_text("damaged")
-    assert origin_of(_begun(first, folder, tmp_path / "begun")) == {}
+    assert origin_of(_begin(first, folder, tmp_path / "begun")) == {}
