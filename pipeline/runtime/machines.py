@@ -26,7 +26,7 @@ from pipeline.workspace.store import Workspace
 
 SEEN = "machines.json"
 """A number of the run that goes on, in ``recipes/<name>``, which every machine must see."""
-JUDGED = "judged.json"
+VERDICTS = "verdicts.json"
 """Beside it, of a run on a cluster: what is wrong with each machine that has answered, by Ray's id; empty: nothing."""
 _EVERY_S = 5.0
 _SHOWS_WITHIN_S = 25.0  # a shared folder may show new files late; shorter than the longest look
@@ -56,7 +56,7 @@ class Machines:
         ]
         self._workspace = Workspace(recipe.workspace)
         self._home = self._workspace.artifact("recipes", recipe.name)
-        self._home.remove(JUDGED)  # of another run, which may have had other machines
+        self._home.remove(VERDICTS)  # of another run, which may have had other machines
         self._file, self._number = "", uuid.uuid4().hex
         """What every machine must see if the workspace is a folder: of this run, for one whose own disk has a folder of
         this name may have run the same recipe."""
@@ -65,7 +65,7 @@ class Machines:
             self._file = f"{self._home.uri}/{SEEN}"
         self._asked: dict[str, Any] = {}
         """What each machine's task will return, by the machine; None once it has answered or gone."""
-        self._judged: dict[str, str] = {}
+        self._verdicts: dict[str, str] = {}
         """What is wrong with each machine that has answered; empty: nothing."""
         self._has_fit = False
         self._looked_at = float("-inf")
@@ -96,8 +96,8 @@ class Machines:
             ConfigError: As ``look``.
         """
         self.look(wait_s=_LONGEST_LOOK_S)
-        there = living_machines() if any(self._judged.values()) else set[str]()
-        unfit = "; ".join(sorted({words for machine, words in self._judged.items() if words and machine in there}))
+        there = living_machines() if any(self._verdicts.values()) else set[str]()
+        unfit = "; ".join(sorted({words for machine, words in self._verdicts.items() if words and machine in there}))
         return type(error)(f"{error}; perhaps it ran on an unfit machine: {unfit}") if unfit else error
 
     def _find_unfit(self, wait_s: float) -> str:
@@ -119,14 +119,14 @@ class Machines:
             try:
                 lack, name = ray.get(task)
             except ray.exceptions.RayError:  # the machine has gone, or gives up its task: its work will tell
-                self._judged[machine] = ""
+                self._verdicts[machine] = ""
                 continue
             complaints += filter(None, [lack])
             elsewhere += filter(None, [name])
-            self._judged[machine] = lack or (f"{name} does not see the workspace" if name else "")
-            self._has_fit = self._has_fit or not self._judged[machine]
+            self._verdicts[machine] = lack or (f"{name} does not see the workspace" if name else "")
+            self._has_fit = self._has_fit or not self._verdicts[machine]
         if answered:
-            self._home.write_json(JUDGED, self._judged)
+            self._home.write_json(VERDICTS, self._verdicts)
         unfit = list[str]()
         if complaints:
             unfit.append(
@@ -145,13 +145,13 @@ class Machines:
         return node["Alive"] and any(machine_has(node, amounts_of(worker), worker) for worker in self._workers)
 
 
-def judged_machines(recipe: Recipe) -> dict[str, str] | None:
+def machine_verdicts(recipe: Recipe) -> dict[str, str] | None:
     """What the run that goes on knows to be wrong with each machine of its cluster, by Ray's id; empty: nothing.
 
     Returns:
         None if it looks at none: on a Ray of its own.
     """
-    return Workspace(recipe.workspace).artifact("recipes", recipe.name).find_json(JUDGED)
+    return Workspace(recipe.workspace).artifact("recipes", recipe.name).find_json(VERDICTS)
 
 
 @ray.remote(num_cpus=0, max_retries=0)

@@ -25,7 +25,7 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus,
 
 from pipeline.errors import UnclipError
 from pipeline.runtime.context import StepContext
-from pipeline.runtime.machines import judged_machines
+from pipeline.runtime.machines import machine_verdicts
 from pipeline.runtime.placement import amounts_of, free_room, needed, not_on_machines, on_machines, packing
 from pipeline.runtime.stopping import tell_of_room
 from pipeline.workspace.progress import Progress
@@ -46,8 +46,8 @@ class RoomPolicy(ScalingPolicy):
         super().__init__(scaling_config)
         self._context, self._options = context, options
         self._resources = context.recipe.trained()[context.step.name].resources
-        self._judged: dict[str, str] | None = None
-        """See ``judged_machines``."""
+        self._verdicts: dict[str, str] | None = None
+        """See ``machine_verdicts``."""
         self._said = needed(self._resources.fewest_workers, options)
         self._room = -1
         self._looked_at = float("-inf")
@@ -70,7 +70,7 @@ class RoomPolicy(ScalingPolicy):
 
         A group of the fewest is tried also without room: Ray's autoscalers see what waits.
         """
-        self._read_judged()
+        self._read_verdicts()
         options = self._fit_options()
         self.scaling_config.label_selector = options.get("label_selector")  # what the autoscalers are asked for
         self._maybe_send_resource_request()
@@ -99,7 +99,7 @@ class RoomPolicy(ScalingPolicy):
         if is_due and worker_group_state.num_workers < self._resources.most_workers:
             self._looked_at = time.monotonic()
             with contextlib.suppress(Exception):  # whatever it is, the training goes on, and the next look comes
-                self._read_judged()
+                self._read_verdicts()
                 if self._room_now():
                     worker_group_state.workers[0].execute_async(tell_of_room)
         return NoopDecision()
@@ -107,25 +107,25 @@ class RoomPolicy(ScalingPolicy):
     def _get_num_workers_for_resource_request(self) -> int:
         return self._resources.most_workers
 
-    def _read_judged(self) -> None:
+    def _read_verdicts(self) -> None:
         with contextlib.suppress(UnclipError):  # a store that is away: what is known stays
-            self._judged = judged_machines(self._context.recipe)
+            self._verdicts = machine_verdicts(self._context.recipe)
 
     def _fit_options(self) -> dict[str, Any]:
         """Ray's options for each worker, which is on no machine that the run knows to be unfit."""
-        return not_on_machines(self._options, [one for one, words in (self._judged or {}).items() if words])
+        return not_on_machines(self._options, [one for one, words in (self._verdicts or {}).items() if words])
 
     def _room_now(self) -> int:
         """Workers for which Ray has room, on machines that the run has found fit, if it looks at them."""
-        if self._judged is None:
+        if self._verdicts is None:
             return free_room(self._options)
-        return free_room(on_machines(self._options, [one for one, words in self._judged.items() if not words]))
+        return free_room(on_machines(self._options, [one for one, words in self._verdicts.items() if not words]))
 
     def _say(self, options: dict[str, Any]) -> None:
         """Let the progress say what is missing, if that has changed."""
         words = needed(self._resources.fewest_workers, options)
         if words != needed(self._resources.fewest_workers, self._options):
-            words += f" and is fit: {'; '.join(sorted(filter(None, (self._judged or {}).values())))}"
+            words += f" and is fit: {'; '.join(sorted(filter(None, (self._verdicts or {}).values())))}"
         if words != self._said:
             self._said = words
             progress = Progress(self._context.own_output, waits=True, notice=self._context.notice)

@@ -22,7 +22,7 @@ from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.recipe.schedule import needs_of
 from pipeline.runtime.connection import connect
 from pipeline.runtime.context import StepContext
-from pipeline.runtime.machines import JUDGED
+from pipeline.runtime.machines import VERDICTS
 from pipeline.runtime.placement import ROLE, controller_options
 from pipeline.runtime.train import run_training
 from pipeline.workspace.progress import METRICS, read_progress
@@ -183,7 +183,7 @@ def test_a_training_leaves_out_a_machine_on_which_steps_fail(cluster: Cluster, t
     context = upsampler_context(_recipe(tmp_path, num_steps=6, num_workers=[1, 2]))
     unfit, fit = (cluster.add_node(num_cpus=number).node_id for number in (2, 1))
     home = context.workspace.artifact("recipes", context.recipe.name)
-    home.write_json(JUDGED, {fit: "", unfit: "its Python lacks torch"})
+    home.write_json(VERDICTS, {fit: "", unfit: "its Python lacks torch"})
     with connect(cluster.address):
         metrics = ray.get(ray.remote(num_cpus=0, max_retries=0)(run_training).remote(context)).metrics
     assert metrics["num_steps"] == 6

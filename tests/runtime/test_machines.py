@@ -16,7 +16,7 @@ from pipeline.errors import ConfigError, StepError
 from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.recipe.recipe import parse_recipe
 from pipeline.runtime import machines as looking
-from pipeline.runtime.machines import JUDGED, SEEN, Machines, judged_machines
+from pipeline.runtime.machines import VERDICTS, SEEN, Machines, machine_verdicts
 from pipeline.workspace.progress import ERROR, read_progress
 from pipeline.workspace.store import Artifact, Workspace
 from tests.ports import free_port
@@ -74,7 +74,7 @@ def test_a_machine_with_a_workspace_of_its_own_is_named(
     monkeypatch.setattr(looking, "_SHOWS_WITHIN_S", 0.0)
     monkeypatch.setattr(Artifact, "write_json", lambda *_: None)
     home = Workspace(recipe.workspace).artifact("recipes", recipe.name)
-    assert {*home.names()} == {SEEN, JUDGED}  # the same recipe has been run there
+    assert {*home.names()} == {SEEN, VERDICTS}  # the same recipe has been run there
     with pytest.raises(ConfigError, match=rf"^{platform.node()}: {recipe.workspace} .* name a bucket"):
         Machines(recipe, make_plan(recipe), _no_warning)
     home.clear()
@@ -89,9 +89,9 @@ def test_a_machine_that_comes_later_and_lacks_packages_is_a_warning_and_named_by
     # The one that is there lacks nothing; the head, which has no CPU, is not asked.
     machines = Machines(recipe, make_plan(recipe), warnings.append)
     unfit = _add_unfit(cluster, tmp_path)
-    assert [*(judged_machines(recipe) or {}).values()] == [""]
+    assert [*(machine_verdicts(recipe) or {}).values()] == [""]
     machines.look(wait_s=60)
-    assert re.search(_LACKS, (judged_machines(recipe) or {})[unfit.node_id])
+    assert re.search(_LACKS, (machine_verdicts(recipe) or {})[unfit.node_id])
     [warning] = warnings
     assert re.search(rf": {_LACKS}: no step can run there", warning)
     assert re.search(
@@ -103,7 +103,7 @@ def test_a_machine_that_comes_later_and_lacks_packages_is_a_warning_and_named_by
     assert str(machines.explain(error)) == str(error)
     assert len(warnings) == 1
     Machines(recipe, (), _no_warning)  # of a run on a Ray of its own
-    assert judged_machines(recipe) is None
+    assert machine_verdicts(recipe) is None
 
 
 def test_the_first_machine_of_a_cluster_is_judged_when_it_comes(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from ray.train import ScalingConfig
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 
 from pipeline.recipe.recipe import parse_recipe
-from pipeline.runtime.machines import JUDGED
+from pipeline.runtime.machines import VERDICTS
 from pipeline.runtime.placement import (
     ROLE,
     cluster_has_roles,
@@ -133,7 +133,7 @@ def test_a_machine_that_is_taken_away_is_no_room(cluster: Cluster) -> None:
 def _judge(workspace: Path, machines: dict[str, str]) -> None:
     """As the process of a run on a cluster, which looks at its machines."""
     recipe = parse_recipe(tiny_tables(workspace))
-    Workspace(recipe.workspace).artifact("recipes", recipe.name).write_json(JUDGED, machines)
+    Workspace(recipe.workspace).artifact("recipes", recipe.name).write_json(VERDICTS, machines)
 
 
 def test_a_machine_on_which_steps_fail_is_no_room(cluster: Cluster, tmp_path: Path) -> None:
