@@ -144,4 +144,5 @@ def test_lineage_shows_appended_embeddings_and_the_training_that_was_continued(r
     prior.remove(MANIFEST)
     begun_with = {"name": "prior_2", "key": old_keys["prior"]}
     prior.commit(dataclasses.replace(manifest, metrics={"begun_with": begun_with}))
-    assert trace(prior.uri).nodes[0].others == (("prior_2", old_keys["prior"]),)
+    others = {node.step: node.others for node in trace(prior.uri).nodes}
+    assert others["prior"] == (("prior_2", old_keys["prior"]),)
