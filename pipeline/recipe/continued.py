@@ -66,6 +66,7 @@ def _notes_on_phases(
             refusal = refusal or (
                 f"cannot continue {where}: it is finished and kept no state of its optimizer (resources.keep_state)"
             )
-    if refusal or notes or any(key != artifact.key for key in workspace.keys(step)):
+    others = (workspace.artifact(step, key) for key in workspace.keys(step) if key != artifact.key)
+    if refusal or notes or any(other.names() for other in others):
         notes.append(refusal or "begins at step 0: there is no training that its phases can continue")
     return notes
