@@ -16,7 +16,7 @@ from pipeline.errors import ConfigError, StepError
 from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.recipe.recipe import parse_recipe
 from pipeline.runtime import machines as looking
-from pipeline.runtime.machines import VERDICTS, SEEN, Machines, machine_verdicts
+from pipeline.runtime.machines import SEEN, VERDICTS, Machines, machine_verdicts
 from pipeline.workspace.progress import ERROR, read_progress
 from pipeline.workspace.store import Artifact, Workspace
 from tests.ports import free_port
