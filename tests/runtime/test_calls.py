@@ -87,18 +87,26 @@ ModuleNotFoundError: No module named 'pyarrow'
 """
 
 
-@ray.remote(num_cpus=0, max_retries=0)
-def _fails(error: Exception) -> None:
+_Fails = Callable[[Exception], None]
+
+
+def _fail(error: Exception) -> None:
     raise error
 
 
-@ray.remote(num_cpus=0, max_retries=0)
-def _waits_for_one_that_fails(error: Exception) -> None:
-    ray.get(_fails.remote(error))
+def _start(function: _Fails, error: Exception) -> Any:
+    task: Any = ray.remote(num_cpus=0, max_retries=0)(function)
+    return task.remote(error)
 
 
-@pytest.mark.parametrize("task", [_fails, _waits_for_one_that_fails])
-def test_what_a_task_has_failed_with_is_one_line_and_the_traceback_a_file(head: Any, tmp_path: Path, task: Any) -> None:
+def _wait_for_one_that_fails(error: Exception) -> None:
+    ray.get(_start(_fail, error))
+
+
+@pytest.mark.parametrize("function", [_fail, _wait_for_one_that_fails])
+def test_what_a_task_has_failed_with_is_one_line_and_the_traceback_a_file(
+    head: Any, tmp_path: Path, function: _Fails
+) -> None:
     output = Artifact(str(tmp_path))
     for error, words in (
         (DataError("shard 3 is damaged"), "shard 3 is damaged"),
@@ -107,12 +115,12 @@ def test_what_a_task_has_failed_with_is_one_line_and_the_traceback_a_file(head: 
         (RuntimeError(_NO_IMPORT), "index: ModuleNotFoundError: No module named 'pyarrow'"),
     ):
         with pytest.raises(ray.exceptions.RayTaskError) as raised:
-            ray.get(task.remote(error))
+            ray.get(_start(function, error))
         failure, is_unforeseen = failure_of(raised.value, "index", output), not isinstance(error, DataError)
         assert str(failure) == words + (f"; details in {tmp_path}/{ERROR}" if is_unforeseen else "")
         assert type(failure) is (StepError if is_unforeseen else DataError)
         assert output.exists(ERROR) == is_unforeseen
-        assert not is_unforeseen or "in _fails\n" in output.path(ERROR).read_text()
+        assert not is_unforeseen or "in _fail\n" in output.path(ERROR).read_text()
 
 
 def _sleeps(mark: str) -> None:
