@@ -138,7 +138,8 @@ class TrainResources:
     """Data-parallel workers. They divide every global batch among them, to within one sample. With [fewest, most] the
     training starts with as many as there is room for on machines with the workers' labels, beside what else runs there,
     goes on with fewer when a machine is lost, and with more when there is room again: the same training up to rounding.
-    """
+    Not so for a CLIP with a ResNet, whose batch norms see one worker's share: it takes one number, and another number
+    is another training."""
     micro_batch_size: NonNegativeInt | Literal["auto"] = 0
     """Most samples in one forward and backward pass of a worker, which bounds its memory; 0: its whole share of the
     batch; "auto": all of it or the largest power of two that fits, counted as `plan --cost` counts it, once, before the
@@ -310,6 +311,12 @@ class ClipStepConfig(StepSection):
 
     @property
     def finished_network(self) -> str:
+        if self.source == "train" and self.resources.is_elastic and self.model.vision == "resnet":
+            raise ValueError(
+                f"resources.num_workers is {list(self.resources.workers)}: the batch norms of model.vision = 'resnet' "
+                "see one worker's share, so another number of workers is another training; give one number, or set "
+                "model.vision = 'vit'"
+            )
         """See ``StepSection``."""
         is_folder = self.source == "pretrained" and (Path(self.name) / "open_clip_model.safetensors").is_file()
         return self.name if is_folder else ""

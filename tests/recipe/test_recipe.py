@@ -131,6 +131,7 @@ def test_load_recipe_round_trips_through_resolved_json(tmp_path: Path) -> None:
             ["prior.train.batch_size", "2 workers"],
         ),
         ({"prior": {"resources": {"num_workers": 0}}}, ["prior.resources.num_workers", "greater than 0"]),
+        ({"clip": {"resources": {"num_workers": [1, 2]}}}, ["clip: resources.num_workers is [1, 2]", "batch norms"]),
         ({"upsampler_2": {}}, ["upsampler_2"]),
         (
             {"prior": {"model": {"kind": "magic"}}},
@@ -176,6 +177,13 @@ def test_parse_recipe_refuses_and_names_the_key(tables: dict[str, object], words
         parse_recipe(tables)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "clip", [{"model": {"vision": "vit"}}, {"source": "pretrained"}, {"resources": {"num_workers": [2, 2]}}]
+)
+def test_a_clip_that_trains_no_batch_norms_or_on_one_number_takes_a_range_of_workers(clip: dict[str, object]) -> None:
+    parse_recipe({"clip": {"resources": {"num_workers": [1, 2]}} | clip})
 
 
 @pytest.mark.parametrize("tables", [{"decoder": {"model": {"kind": "x"}}}, {"embed": {"seed": 1}}])
