@@ -17,6 +17,7 @@ from jobs.options import (
     Seed,
     print_json,
     print_next,
+    print_warning,
     recipe_words,
 )
 from jobs.watch import SamplingWatcher
@@ -48,7 +49,8 @@ def sample(
         typer.Option(
             "--at",
             metavar="STEP@NUMBER",
-            help="Take a network in training from a checkpoint: decoder@40000, decoder@last.",
+            help="Take a network in training from a checkpoint: decoder@40000, decoder@last. Upsamplers that wait are "
+            "left out.",
         ),
     ] = None,
     overrides: Overrides = None,
@@ -69,8 +71,11 @@ def sample(
         raise ConfigError('sample: give at least one prompt, for example: unclip sample RECIPE "a red circle"')
     resolved = load_recipe(recipe, overrides or [])
 
+    from pipeline.sampling.at import note_on_left_out
     from pipeline.sampling.sample import sample_recipe
 
+    if note := note_on_left_out(resolved, at or []):
+        print_warning(note)
     with SamplingWatcher() as watcher:
         rows = sample_recipe(
             resolved,

@@ -336,15 +336,8 @@ def finished_artifacts(recipe: Recipe, names: Collection[str]) -> dict[str, Arti
         ConfigError: If one is not finished under this recipe; names the command that finishes it.
         DataError: If a manifest cannot be read.
     """
-    workspace, plan, missing = Workspace(recipe.workspace), make_plan(recipe), list[str]()
-    artifacts = {step.name: artifact_of(workspace, step) for step in plan if step.name in names}
-    for name, artifact in artifacts.items():
-        if artifact.manifest() is None:
-            folder = getattr(recipe, name).finished_network
-            if folder:
-                artifacts[name] = UserArtifact(folder if "://" in folder else str(Path(folder).resolve()))
-            else:
-                missing.append(name)
+    plan = make_plan(recipe)
+    artifacts, missing = _artifacts(recipe, plan, names)
     if missing:
         last = missing[-1]
         makes_all = {step.name for step in steps_until(plan, last)}.issuperset(missing)
@@ -353,6 +346,29 @@ def finished_artifacts(recipe: Recipe, names: Collection[str]) -> dict[str, Arti
             f"{f' --until {last}' if makes_all else ''}"
         )
     return artifacts
+
+
+def unfinished_steps(recipe: Recipe, names: Collection[str]) -> list[str]:
+    """Those of the named steps that the recipe has and that are not finished, in the order of the plan.
+
+    Raises:
+        DataError: If a manifest cannot be read.
+    """
+    return _artifacts(recipe, make_plan(recipe), names)[1]
+
+
+def _artifacts(recipe: Recipe, plan: list[Step], names: Collection[str]) -> tuple[dict[str, Artifact], list[str]]:
+    """The artifacts of the named steps of a plan, and the names of those that are not finished."""
+    workspace, missing = Workspace(recipe.workspace), list[str]()
+    artifacts = {step.name: artifact_of(workspace, step) for step in plan if step.name in names}
+    for name, artifact in artifacts.items():
+        if artifact.manifest() is None:
+            folder = getattr(recipe, name).finished_network
+            if folder:
+                artifacts[name] = UserArtifact(folder if "://" in folder else str(Path(folder).resolve()))
+            else:
+                missing.append(name)
+    return artifacts, missing
 
 
 def unseen_inputs(recipe: Recipe) -> list[str]:

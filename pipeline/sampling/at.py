@@ -1,17 +1,21 @@
-"""Networks that are still in training, read from their checkpoints: ``unclip sample --at decoder@40000``."""
+"""Networks that are still in training, read from their checkpoints: ``unclip sample --at decoder@40000``.
+
+While a decoder is trained, its upsamplers wait: its own pictures are what there is to see.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
+from dataclasses import replace
 
 from pipeline.errors import ConfigError, DataError
 from pipeline.networks.files import CONFIG, WEIGHTS
 from pipeline.networks.tensor_file import save_tensors
-from pipeline.recipe.plan import artifact_of, make_plan
+from pipeline.recipe.plan import artifact_of, finished_artifacts, make_plan, unfinished_steps
 from pipeline.recipe.recipe import Recipe
-from pipeline.recipe.steps import STEP_ROWS
+from pipeline.recipe.steps import CASCADE_STEPS, STEP_ROWS
 from pipeline.train.checkpoint import Checkpoint, DamagedCheckpointError
 from pipeline.train.resume import checkpoint_name, checkpoint_steps
 from pipeline.workspace.store import Artifact, Workspace
@@ -38,6 +42,71 @@ def checkpoint_networks(recipe: Recipe, at: Sequence[str]) -> Generator[dict[str
         }
 
 
+def as_far_as_trained(recipe: Recipe, at: Sequence[str]) -> Recipe:
+    """The recipe without the upsamplers that wait for their training: its pictures end at the network before.
+
+    Args:
+        recipe: The recipe.
+        at: See ``checkpoint_networks``. If it is empty, or names a network after one that waits, nothing is left out.
+
+    Raises:
+        ConfigError: If it is malformed.
+        DataError: If a manifest cannot be read.
+    """
+    live, names = {name for name, _ in map(_parse, at)}, list(recipe.upsamplers())
+    waiting = unfinished_steps(recipe, [name for name in names if name not in live]) if live else []
+    left_out = names[names.index(waiting[0]) :] if waiting else []
+    if not left_out or not live.isdisjoint(left_out):
+        return recipe
+    return replace(recipe, **dict.fromkeys(left_out))
+
+
+def note_on_left_out(recipe: Recipe, at: Sequence[str]) -> str:
+    """What ``as_far_as_trained`` leaves out, in words; empty if nothing.
+
+    Raises:
+        ConfigError, DataError: As ``as_far_as_trained``.
+    """
+    shorter = as_far_as_trained(recipe, at)
+    last, model = [("decoder", shorter.decoder.model), *shorter.upsamplers().items()][-1]
+    left_out = [name for name in recipe.upsamplers() if name not in shorter.upsamplers()]
+    return (
+        f"{left_out[0]} is not finished: the pictures are those of {last}, of {model.image_px} px" if left_out else ""
+    )
+
+
+def networks_of(recipe: Recipe, live: dict[str, Artifact]) -> dict[str, Artifact]:
+    """The artifacts of a cascade, of which some networks are read from checkpoints.
+
+    Raises:
+        ConfigError: If another one is not finished under this recipe; names the command that finishes it, and what
+            samples without that.
+        DataError: If a manifest cannot be read.
+    """
+    names = set(CASCADE_STEPS) - live.keys()
+    try:
+        return finished_artifacts(recipe, names) | live
+    except ConfigError as error:
+        raise ConfigError(f"{error}{_way_around(recipe, unfinished_steps(recipe, names), live)}") from None
+
+
+def _way_around(recipe: Recipe, missing: list[str], live: Collection[str]) -> str:
+    """The end of a sentence about networks that are not finished: what samples those that are there."""
+    upsamplers = list(recipe.upsamplers())
+    needed = [name for name in missing if name not in upsamplers] or missing
+    if needed and all(name != "clip" and checkpoint_steps(_training(recipe, name)) for name in needed):
+        return f"; or take what is trained so far: {' '.join(f'--at {name}@{_LAST}' for name in needed)}"
+    left_out = upsamplers[upsamplers.index(needed[0]) :] if needed and needed[0] in upsamplers else []
+    if left_out and set(left_out).isdisjoint(live):
+        return f"; or sample without: {' '.join(f'--set {name}=false' for name in left_out)}"
+    return ""
+
+
+def _training(recipe: Recipe, name: str) -> Artifact:
+    step = next(step for step in make_plan(recipe) if step.name == name)
+    return artifact_of(Workspace(recipe.workspace), step)
+
+
 def _parse(text: str) -> tuple[str, str]:
     name, _, number = text.partition("@")
     is_number = number.isdigit() or number == _LAST
@@ -48,10 +117,9 @@ def _parse(text: str) -> tuple[str, str]:
 
 
 def _averaged(recipe: Recipe, name: str, number: str, folder: str) -> Artifact:
-    step = next((step for step in make_plan(recipe) if step.name == name), None)
-    if step is None:
+    if getattr(recipe, name) is None:
         raise ConfigError(f"--at {name}@{number}: this recipe has no {name}")
-    training = artifact_of(Workspace(recipe.workspace), step)
+    training = _training(recipe, name)
     steps = checkpoint_steps(training)
     if not steps or (number != _LAST and int(number) not in steps):
         have = f"the checkpoints at {', '.join(map(str, steps))}" if steps else "no checkpoint"
@@ -63,7 +131,7 @@ def _averaged(recipe: Recipe, name: str, number: str, folder: str) -> Artifact:
         average = checkpoint.read("ema")
     except DamagedCheckpointError as error:
         raise DataError(f"{training.uri}/{name_of_file}: {error}; take another checkpoint") from None
-    network = Artifact(f"{folder}/{step.key}@{step_number}")  # what a picture says of its networks
+    network = Artifact(f"{folder}/{training.key}@{step_number}")  # what a picture says of its networks
     network.write_whole(WEIGHTS, lambda path: save_tensors(average, path, {"format": "pt"}))
     network.write_json(CONFIG, checkpoint.network)
     return network

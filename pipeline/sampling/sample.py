@@ -24,10 +24,9 @@ from pipeline.networks.cascade import load_cascade, network_configs
 from pipeline.pictures.png import to_png, with_texts
 from pipeline.recipe.garbage import in_use_of
 from pipeline.recipe.picture_card import ModelCard, made_with, model_card
-from pipeline.recipe.plan import finished_artifacts
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import CASCADE_STEPS
-from pipeline.sampling.at import checkpoint_networks
+from pipeline.sampling.at import as_far_as_trained, checkpoint_networks, networks_of
 from pipeline.sampling.preview import Preview
 from pipeline.workspace.disk import translate_os_errors
 from pipeline.workspace.store import Artifact
@@ -60,7 +59,8 @@ def sample_recipe(
         seed: Seed of each prompt's first picture.
         out_dir: Folder for the pictures.
         num_candidates: See ``sample_prompts``.
-        at: Networks that are still trained, each as STEP@NUMBER, with the checkpoint to take.
+        at: Networks that are still trained, each as STEP@NUMBER, with the checkpoint to take. Upsamplers that are not
+            finished are left out then.
         watch: Called after each step of each stage.
 
     Raises:
@@ -68,7 +68,8 @@ def sample_recipe(
     """
     accelerator = recipe.evaluate.resources.accelerator
     with in_use_of(recipe, CASCADE_STEPS), checkpoint_networks(recipe, at) as live:
-        artifacts = finished_artifacts(recipe, set(CASCADE_STEPS) - live.keys()) | live
+        recipe = as_far_as_trained(recipe, at)
+        artifacts = networks_of(recipe, live)
         cascade = load_cascade(artifacts, accelerator, network_configs(recipe))
     return sample_prompts(
         cascade,
