@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 
 # Parameters of glibc's mallopt (malloc.h); the last takes at most this.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
@@ -47,8 +48,20 @@ def return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+_NO_MEMORY = re.compile(
+    r"DefaultCPUAllocator"
+    r"|(CUDA|HIP)( driver)? error: out of memory"
+    r"|STATUS_ALLOC_FAILED|_ALLOCATION_FAILED|FFT_ALLOC_FAILED"  # cuBLAS, cuSOLVER, cuDNN, cuFFT
+    r"|Cuda failure (\d+ )?'out of memory'|Failed to CUDA [mc]alloc"  # NCCL
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory did not suffice, of a GPU or of the machine: torch has a class of its own for a GPU's alone."""
+    """Whether memory did not suffice, of a GPU or of the machine.
+
+    torch has a class of its own for a GPU's alone, and for its own allocator's alone: contexts, handles and buffers of
+    CUDA's libraries are made beside it, and when they find no room, the words alone say so.
+    """
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or bool(_NO_MEMORY.search(str(error)))
