@@ -185,13 +185,14 @@ class TrainResources:
     """Steps in all whose loss or gradient may be not finite: they change no weight and are counted. One more stops the
     training, which says in which step, samples and parameters; run again with a larger number it goes on."""
     max_failures: NonNegativeInt = 2
-    """Restarts from the newest checkpoint after an error, or a lost worker whose machine is still there."""
+    """Restarts from the newest checkpoint after an error, or a lost worker whose machine is still there: so many
+    without a new checkpoint in between. After a later checkpoint than at the failure before, they are counted anew."""
     max_preemptions: NonNegativeInt = 1000
     """Restarts after a machine was lost or taken away, or a worker got SIGTERM. Where there is notice, the training
     writes a checkpoint first, so that nothing is lost."""
     max_out_of_memory: NonNegativeInt = 4
     """Restarts after memory did not suffice, of the GPU or of the machine (Ray or the kernel has ended a worker), each
-    with half the micro_batch_size: the same training up to rounding."""
+    with half the micro_batch_size: the same training up to rounding. With "auto" later runs begin with the half."""
     resize_every_s: PositiveFloat = 300.0
     """With [fewest, most] workers: seconds between looks whether there is room for more; if so, all end with a
     checkpoint and begin there with the others."""

@@ -27,7 +27,8 @@ memory once."""
 def with_counted_part(context: StepContext) -> StepContext:
     """A training with a number in place of ``micro_batch_size = "auto"``; one that has a number is returned as it is.
 
-    It is counted on a machine on which a worker can run, and kept for later starts with the same resources.
+    It is counted on a machine on which a worker can run, and kept for later starts with the same resources; see
+    ``keep_halved_part`` for one that was counted too large.
 
     Raises:
         ConfigError: If the shape of a pretrained CLIP is not known there.
@@ -46,6 +47,18 @@ def with_counted_part(context: StepContext) -> StepContext:
     samples = part["samples"]
     recipe = with_micro_batch(context.recipe, name, samples)
     return replace(context, recipe=recipe, notice=f"micro_batch_size = {samples}: {part['words']}")
+
+
+def keep_halved_part(context: StepContext, largest_pass: int) -> None:
+    """Let later starts of a training whose part was counted begin with the part of this one.
+
+    Args:
+        context: The step, with half of the part.
+        largest_pass: Samples in one pass for which the memory did not suffice, whatever was counted.
+    """
+    size = context.recipe.trained()[context.step.name].resources.micro_batch_size
+    words = f"memory did not suffice for {largest_pass} at a time"
+    context.output.write_json(_PART, context.output.read_json(_PART) | {"samples": size, "words": words})
 
 
 def _count(name: str, context: StepContext) -> Json:

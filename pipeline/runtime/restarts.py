@@ -1,5 +1,6 @@
 """How a start of a training ended, and whether the training begins again: each kind of end has a budget of its own."""
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -8,12 +9,13 @@ from pipeline.errors import StepError
 from pipeline.recipe.recipe import Recipe, TrainedSection
 from pipeline.recipe.train_sections import ClipStepConfig
 from pipeline.runtime.context import StepContext
-from pipeline.workspace.store import LIVE
+from pipeline.workspace.store import LIVE, Artifact
 
 Json = dict[str, Any]
 Kind = Literal["finished", "resized", "preempted", "out_of_memory", "failed"]
 """``resized``: it has ended to begin again with more workers, which no budget counts."""
 _COUNTED = f"{LIVE}restarts.json"
+_CHECKPOINT = re.compile(rf"{LIVE}checkpoints/(\d+)\.safetensors")
 _COUNTS = {"preempted": "num_preemptions", "out_of_memory": "num_out_of_memory", "failed": "num_failures"}
 
 
@@ -50,6 +52,9 @@ def out_of_memory(section: TrainedSection, num_workers: int, cause: str, *, is_o
 class Restarts:
     """The starts of one training: how many are left to this run, and how many there were in all runs.
 
+    Errors that come again at one checkpoint use up their budget; those of a training of weeks that goes on between them
+    do not.
+
     Args:
         context: The step.
     """
@@ -57,6 +62,7 @@ class Restarts:
     def __init__(self, context: StepContext) -> None:
         self._context = context
         self._counts = Counter[Kind]()
+        self._failed_at = 0
         self._in_all_runs = Counter[str](context.output.find_json(_COUNTED) or {})
 
     def next(self, end: End) -> StepContext:
@@ -72,6 +78,8 @@ class Restarts:
             self._context = replace(context, notice=notice)
             return self._context
         section = context.recipe.trained()[name]
+        if end.kind == "failed":
+            self._forget_failures_before(_newest_checkpoint(context.output))
         self._counts[end.kind] += 1
         self._in_all_runs[_COUNTS[end.kind]] += 1
         context.output.write_json(_COUNTED, self._in_all_runs)
@@ -80,8 +88,8 @@ class Restarts:
             if end.error is not None:
                 raise end.error
             raise StepError(
-                f"{name}: training {_WORDS[end.kind]} more than {limit} times: {end.cause}; its checkpoints are kept "
-                f"in {context.output.uri}; run again to continue"
+                f"{name}: training {_WORDS[end.kind].format(limit)}: {end.cause}; its checkpoints are kept in "
+                f"{context.output.uri}; run again to continue"
             )
         if end.kind == "out_of_memory":
             half = (end.largest_pass + 1) // 2
@@ -95,13 +103,28 @@ class Restarts:
         self._context = replace(context, notice=notice)
         return self._context
 
+    def _forget_failures_before(self, step: int) -> None:
+        """Begin to count errors anew if there is a later checkpoint than at the error before."""
+        if step > self._failed_at:
+            self._counts["failed"] = 0
+        self._failed_at = step
+
     @property
     def metrics(self) -> Json:
         """How often a start of it ended before it was finished, in this run and in those before, for the manifest."""
         return dict(self._in_all_runs)
 
 
-_WORDS = {"preempted": "was preempted", "out_of_memory": "ran out of memory", "failed": "failed"}
+_WORDS = {
+    "preempted": "was preempted more than {} times",
+    "out_of_memory": "ran out of memory more than {} times",
+    "failed": "failed more than {} times without a new checkpoint in between",
+}
+
+
+def _newest_checkpoint(output: Artifact) -> int:
+    """Its step; 0 if there is none. Without torch, which the process that waits for a training does not load."""
+    return max((int(found[1]) for name in output.names() if (found := _CHECKPOINT.fullmatch(name))), default=0)
 
 
 def _limits(section: TrainedSection) -> dict[Kind, int]:

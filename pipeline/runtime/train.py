@@ -26,7 +26,7 @@ from pipeline.recipe.train_sections import TrainResources
 from pipeline.runtime.calls import MachineLostError, call
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.lost_workers import end_of, forget_places, here, last_line, note_places
-from pipeline.runtime.memory import with_counted_part
+from pipeline.runtime.memory import keep_halved_part, with_counted_part
 from pipeline.runtime.placement import (
     cluster_has_roles,
     living_machines,
@@ -99,6 +99,8 @@ def _fit(context: StepContext, micro_batch_in_recipe: int | str) -> End:
             raise StepError(f"{context.step.name}: {end.cause}; run again to continue")
         context = restarts.next(end)
 
+        if end.kind == "out_of_memory" and micro_batch_in_recipe == "auto":
+            keep_halved_part(context, end.largest_pass)
 
 def _options(context: StepContext, resources: TrainResources) -> Json:
     """What each worker asks Ray for; the progress says that it is waited for."""

@@ -15,6 +15,7 @@ from pipeline.runtime.context import StepContext
 from pipeline.runtime.restarts import End, Restarts
 from pipeline.train import job
 from pipeline.train.loop import StepFunction, make_step
+from pipeline.train.resume import checkpoint_name
 from pipeline.workspace.progress import read_progress
 from tests.tiny.recipe import tiny_tables
 from tests.tiny.training import upsampler_context
@@ -130,7 +131,9 @@ def test_preemptions_and_errors_have_budgets_of_their_own(tmp_path: Path) -> Non
     for end in (drained, lost, drained):
         assert restarts.next(end).notice == f"{end.cause}; it goes on from its newest checkpoint"
     assert restarts.metrics == {"num_preemptions": 2, "num_failures": 1}
-    with pytest.raises(StepError, match="training failed more than 1 times: a worker failed; its checkpoints are kept"):
+    with pytest.raises(
+        StepError, match="training failed more than 1 times without a new checkpoint in between: a worker failed; its"
+    ):
         restarts.next(lost)
     restarts.next(drained)
     with pytest.raises(StepError, match="training was preempted more than 3 times: its machine is taken away"):
@@ -141,3 +144,34 @@ def test_preemptions_and_errors_have_budgets_of_their_own(tmp_path: Path) -> Non
     assert again.metrics == {"num_preemptions": 4, "num_failures": 3}
     with pytest.raises(ZeroDivisionError):  # a person sees all of an error
         restarts.next(End("failed", "division by zero", error=ZeroDivisionError()))
+
+
+def test_half_of_a_part_that_was_counted_too_large_is_kept_for_later_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = upsampler_context(_recipe(tmp_path, micro_batch_size="auto", memory_gb_per_worker=4))
+    with connect():
+        assert memory.with_counted_part(context).recipe.upsampler_1.resources.micro_batch_size == 4
+    monkeypatch.setattr(train, "_fit_one", _here)
+    monkeypatch.setattr(job, "make_step", _with_little_memory(2, at_step=3))
+    metrics = train.run_training(context).metrics
+    assert (metrics["micro_batch_size"], metrics["num_out_of_memory"]) == (2, 1)
+    later = memory.with_counted_part(context)
+    assert later.recipe.upsampler_1.resources.micro_batch_size == 2
+    assert later.notice == "micro_batch_size = 2: memory did not suffice for 4 at a time"
+    with connect():  # other resources are counted anew
+        other = upsampler_context(_recipe(tmp_path, micro_batch_size="auto", memory_gb_per_worker=5))
+        assert memory.with_counted_part(other).recipe.upsampler_1.resources.micro_batch_size == 4
+
+
+def test_errors_of_a_training_that_goes_on_between_them_are_counted_anew(tmp_path: Path) -> None:
+    context = upsampler_context(_recipe(tmp_path, max_failures=1))
+    restarts, lost = Restarts(context), End("failed", "a worker failed")
+    for step in (0, 2, 4):
+        if step:
+            context.output.write_bytes(checkpoint_name(step), b"")
+        restarts.next(lost)
+    context.output.remove(checkpoint_name(4))  # a damaged one goes, and that is no progress
+    with pytest.raises(StepError, match="failed more than 1 times without a new checkpoint in between"):
+        restarts.next(lost)
+    assert restarts.metrics == {"num_failures": 4}
