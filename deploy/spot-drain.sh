@@ -28,13 +28,21 @@ is_taken_back() {
 }
 
 case $cloud in
-aws) notice_s=110 ;; # AWS gives two minutes, GCP thirty seconds
-*) notice_s=25 ;;
+aws) notice_s=${SPOT_NOTICE_S:-110} ;; # AWS gives two minutes, GCP thirty seconds
+*) notice_s=${SPOT_NOTICE_S:-25} ;;
 esac
 
 until is_taken_back; do
     sleep "$every_s"
 done
 echo "spot-drain.sh: $cloud takes this machine back; draining"
-exec ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION --reason-message "$cloud takes the machine back" \
-    --deadline-remaining-seconds "$notice_s"
+end=$((SECONDS + notice_s))
+while left_s=$((end - SECONDS)) && ((left_s > 0)); do # a head that is busy, or starts again, is asked again
+    if timeout 15 ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION --reason-message "$cloud takes the machine back" \
+        --deadline-remaining-seconds "$left_s"; then
+        exit 0
+    fi
+    echo "spot-drain.sh: the head has not accepted the drain" >&2
+    sleep "$every_s"
+done
+exit 1

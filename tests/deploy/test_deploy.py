@@ -333,8 +333,8 @@ def metadata() -> Generator[tuple[str, dict[str, str]]]:
 @pytest.mark.parametrize(
     ("cloud", "path", "before", "notice", "seconds"),
     [
-        ("aws", "/latest/meta-data/spot/instance-action", None, '{"action": "terminate"}', "110"),
-        ("gcp", "/computeMetadata/v1/instance/preempted", "FALSE", "TRUE", "25"),
+        ("aws", "/latest/meta-data/spot/instance-action", None, '{"action": "terminate"}', 110),
+        ("gcp", "/computeMetadata/v1/instance/preempted", "FALSE", "TRUE", 25),
     ],
 )
 def test_a_spot_notice_becomes_a_drain(
@@ -344,7 +344,7 @@ def test_a_spot_notice_becomes_a_drain(
     path: str,
     before: str | None,
     notice: str,
-    seconds: str,
+    seconds: int,
 ) -> None:
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
@@ -352,7 +352,10 @@ def test_a_spot_notice_becomes_a_drain(
     answers["/latest/api/token"] = "token"
     if before is not None:
         answers[path] = before
-    (tmp_path / "ray").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/called\n')
+    # The head, which is busy, accepts the third call.
+    (tmp_path / "ray").write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/called\n[ $(wc -l < {tmp_path}/called) -ge 3 ]\n'
+    )
     (tmp_path / "ray").chmod(0o755)
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SPOT_METADATA": url, "SPOT_EVERY_S": "0.1"}
     with subprocess.Popen(["bash", str(ROOT / "deploy/spot-drain.sh"), cloud], env=environment) as process:
@@ -361,6 +364,26 @@ def test_a_spot_notice_becomes_a_drain(
         assert not (tmp_path / "called").exists()
         answers[path] = notice
         assert process.wait(20) == 0
-    words = (tmp_path / "called").read_text()
-    assert words.startswith("drain-node --reason DRAIN_NODE_REASON_PREEMPTION")
-    assert words.endswith(f"--deadline-remaining-seconds {seconds}\n")
+    calls = (tmp_path / "called").read_text().splitlines()
+    assert len(calls) == 3
+    assert all(call.startswith("drain-node --reason DRAIN_NODE_REASON_PREEMPTION") for call in calls)
+    left = [int(call.rpartition("--deadline-remaining-seconds ")[2]) for call in calls]
+    assert left == sorted(left, reverse=True)
+    assert left[0] in {seconds, seconds - 1}
+
+
+def test_a_drain_that_the_head_never_accepts_ends_with_the_notice(
+    metadata: tuple[str, dict[str, str]], tmp_path: Path
+) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    url, answers = metadata
+    answers["/computeMetadata/v1/instance/preempted"] = "TRUE"
+    (tmp_path / "ray").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "ray").chmod(0o755)
+    settings = {"SPOT_METADATA": url, "SPOT_EVERY_S": "0.1", "SPOT_NOTICE_S": "1"}
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", **settings}
+    command = ["bash", str(ROOT / "deploy/spot-drain.sh"), "gcp"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=20)
+    assert done.returncode == 1
+    assert "the head has not accepted the drain" in done.stderr
