@@ -108,6 +108,11 @@ class TrainConfig:
         """Optimizer steps of all phases together."""
         return self.at(self.phases[-1].from_step).num_steps if self.phases else self.num_steps
 
+    @property
+    def precisions(self) -> set[str]:
+        """Arithmetic of the forward passes of all phases."""
+        return {self.precision, *(phase.precision or self.precision for phase in self.phases)}
+
     def at(self, step: int) -> "TrainConfig":
         """The settings of step ``step`` (0-based)."""
         settings = self

@@ -146,7 +146,7 @@ class GpuAutocast(TorchFunctionMode):
 
 
 def count_memory(name: str, section: TrainedSection, recipe: Recipe, frozen: OpenClip) -> WorkerMemory:
-    """Memory of a worker of one training.
+    """Memory of a worker of one training, in that of its phases which takes most.
 
     Args:
         name: Its step.
@@ -154,6 +154,12 @@ def count_memory(name: str, section: TrainedSection, recipe: Recipe, frozen: Ope
         recipe: The recipe.
         frozen: The recipe's CLIP, on the meta device.
     """
+    counts = [_count_phase(name, section, recipe, frozen, precision) for precision in sorted(section.train.precisions)]
+    return max(counts, key=lambda memory: memory.total)
+
+
+def _count_phase(name: str, section: TrainedSection, recipe: Recipe, frozen: OpenClip, precision: str) -> WorkerMemory:
+    """The same while the forward passes are computed in one precision."""
     resources, share = section.resources, _share(section)
     samples = share.largest_part(resources.samples_a_pass)
     kind = kind_of(section.model)
@@ -174,7 +180,7 @@ def count_memory(name: str, section: TrainedSection, recipe: Recipe, frozen: Ope
         run = run or kind.work(network, clip).run
         network.train().requires_grad_(requires_grad=True)
         set_checkpointing(network, enabled=resources.checkpointing)
-        step = _Step(network, average, create_optimizer(network, section.train), run, section.train.precision)
+        step = _Step(network, average, create_optimizer(network, section.train), run, precision)
         step.make_moments()
         count = _count_whole if resources.shards == 1 else _count_divided
         parts = count(step, section, samples, kind.blocks(network))

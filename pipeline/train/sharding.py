@@ -207,8 +207,7 @@ def gathered_dtype(config: TrainConfig, device_type: str) -> torch.dtype:
 
     On a CPU autocast leaves norms as they are, and these take no input in float32 with weights in half precision.
     """
-    precisions = {config.precision, *(phase.precision or config.precision for phase in config.phases)}
-    return torch.bfloat16 if precisions == {"bfloat16"} and device_type == "cuda" else torch.float32
+    return torch.bfloat16 if config.precisions == {"bfloat16"} and device_type == "cuda" else torch.float32
 
 
 def is_sharded(objective: nn.Module) -> bool:

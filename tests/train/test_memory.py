@@ -14,6 +14,7 @@ from pipeline.networks.costs import build_clip
 from pipeline.networks.counting import backward_in_modes
 from pipeline.networks.table import kind_of
 from pipeline.recipe.recipe import Recipe, load_recipe
+from pipeline.recipe.train_sections import TrainPhase
 from pipeline.train.assemble import assemble
 from pipeline.train.fitting import advice, format_memory, memory_of, recipe_memory
 from pipeline.train.loop import make_step
@@ -132,6 +133,17 @@ def test_a_gpu_computes_norms_in_float32_under_autocast() -> None:
     )
     assert on_gpu.state == on_cpu.state
     assert 1.1 < on_gpu.work / on_cpu.work < 2.5
+
+
+@pytest.mark.parametrize(("first", "then"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_the_phase_that_takes_most_memory_is_counted(first: str, then: str) -> None:
+    phases = (TrainPhase(from_step=3, precision=then),)
+    halves, whole, both = (
+        _counted(_changed("decoder", {"batch_size": 64, **train}, {"accelerator": "cuda"}), "decoder")
+        for train in ({"precision": "bfloat16"}, {}, {"precision": first, "phases": phases})
+    )
+    assert halves.total != whole.total  # in halves there are copies of the weights, and smaller activations
+    assert both == max(halves, whole, key=lambda memory: memory.total)
 
 
 def test_blocks_that_are_run_again_are_counted_as_a_gpu_runs_them() -> None:
