@@ -8,7 +8,7 @@ from tests.tiny.command import ROOT
 
 PAGE_NAMES = 1000
 """Files of a page: what one LIST names, and one DELETE removes."""
-_BY_THE_CLOCK = re.compile(r"/\.lock|/live/(progress\.json|shard-|stop)|/metrics\.jsonl")
+_BY_THE_CLOCK = re.compile(r"/\.lock|/live/((progress|pulse)\.json|shard-|stop)|/metrics\.jsonl")
 _TERM = re.compile(r"(?:(\d+) )?(?:([NBEQ])|P\(([^)]*)\))|(\d+)")
 
 

@@ -206,8 +206,10 @@ class TrainResources:
     fails and says what it waited for. Its checkpoints are kept, and the next run continues it."""
     hang_timeout_s: PositiveInt = 1800
     """Seconds that a worker waits for the others within a step before the training counts as hung, and begins again at
-    the newest checkpoint, as after a lost worker. A validation must end within it, or counts as failed if it is beside
-    the training."""
+    the newest checkpoint, as after a lost worker. Of a single worker it is the longest time for a step, or twice its
+    slowest step so far, if that is more; the first step of a start (a network is compiled in it), checkpoints and
+    validations may take longer. Where there are several, a validation in line must end within it too; one beside the
+    training that does not counts as failed."""
     label_selector: dict[str, str] = field(default_factory=dict[str, str])
     """Labels of Ray that the workers' machines must have, for example {"ray.io/accelerator-type" = "H100"}. Empty: the
     step's role (unclip-role), if the cluster's machines have such a label, as those of cluster.yaml do."""
@@ -309,6 +311,12 @@ class ClipStepConfig(StepSection):
             raise ValueError(
                 "resources.micro_batch_size: the batch norms of model.vision = 'resnet' need the batch undivided"
             )
+        if self.source == "train" and self.resources.is_elastic and self.model.vision == "resnet":
+            raise ValueError(
+                f"resources.num_workers is {list(self.resources.workers)}: the batch norms of model.vision = 'resnet' "
+                "see one worker's share, so another number of workers is another training; give one number, or set "
+                "model.vision = 'vit'"
+            )
 
     @property
     def reads_inputs(self) -> bool:
@@ -317,12 +325,6 @@ class ClipStepConfig(StepSection):
 
     @property
     def finished_network(self) -> str:
-        if self.source == "train" and self.resources.is_elastic and self.model.vision == "resnet":
-            raise ValueError(
-                f"resources.num_workers is {list(self.resources.workers)}: the batch norms of model.vision = 'resnet' "
-                "see one worker's share, so another number of workers is another training; give one number, or set "
-                "model.vision = 'vit'"
-            )
         """See ``StepSection``."""
         is_folder = self.source == "pretrained" and (Path(self.name) / "open_clip_model.safetensors").is_file()
         return self.name if is_folder else ""

@@ -25,6 +25,7 @@ from pipeline.recipe.plan import earlier_trainings
 from pipeline.recipe.train_sections import TrainResources
 from pipeline.runtime.calls import MachineLostError, call
 from pipeline.runtime.context import StepContext, StepResult
+from pipeline.runtime.hang import HangWatch, Pulse
 from pipeline.runtime.lost_workers import end_of, forget_places, here, last_line, note_places
 from pipeline.runtime.memory import keep_halved_part, with_counted_part
 from pipeline.runtime.placement import (
@@ -98,9 +99,9 @@ def _fit(context: StepContext, micro_batch_in_recipe: int | str) -> End:
         if end.kind in {"preempted", "resized"} and is_stop_requested(context.output):
             raise StepError(f"{context.step.name}: {end.cause}; run again to continue")
         context = restarts.next(end)
-
         if end.kind == "out_of_memory" and micro_batch_in_recipe == "auto":
             keep_halved_part(context, end.largest_pass)
+
 
 def _options(context: StepContext, resources: TrainResources) -> Json:
     """What each worker asks Ray for; the progress says that it is waited for."""
@@ -114,9 +115,10 @@ def _fit_one(context: StepContext, resources: TrainResources) -> End:
     """Train on one worker, a task."""
     forget_places(context.output)
     options = _options(context, resources)
-    machines = living_machines()
+    machines, watch = living_machines(), HangWatch(context, resources.hang_timeout_s)
     try:
-        return call(_run_alone, context, options={"name": f"{context.step.name}: train", **options})
+        with watch:
+            return call(_run_alone, context, options={"name": f"{context.step.name}: train", **options})
     except MachineLostError as error:
         return End("preempted", f"a machine was lost ({error})")
     except ray.exceptions.RayTaskError as error:
@@ -124,7 +126,7 @@ def _fit_one(context: StepContext, resources: TrainResources) -> End:
             raise error.cause from None
         return End("failed", last_line(error), error=error)
     except ray.exceptions.RayError as error:
-        return end_of(context, error, machines)
+        return watch.end or end_of(context, error, machines)
 
 
 def _fit_many(context: StepContext, resources: TrainResources) -> End:
@@ -143,11 +145,11 @@ def _fit_many(context: StepContext, resources: TrainResources) -> End:
     num_gpus = _num_gpus(resources)
     options = _options(context, resources)
     scaling = ScalingConfig(num_workers=resources.num_workers, use_gpu=num_gpus > 0, **scaling_options(options))
-    machines = living_machines()
+    machines, watch = living_machines(), HangWatch(context, resources.hang_timeout_s)
     try:
         # Ray Train looks whether it can write where checkpoints would be that nobody reports to it. Its own drivers of
         # stores know fewer addresses than ours, and its controller stands on the machine of this process.
-        with tempfile.TemporaryDirectory(prefix="unclip-") as folder, _own_interrupts():
+        with tempfile.TemporaryDirectory(prefix="unclip-") as folder, _own_interrupts(), watch:
             RoomTrainer(
                 _run_ranked,
                 policy=RoomPolicy(scaling, context, options),
@@ -165,7 +167,9 @@ def _fit_many(context: StepContext, resources: TrainResources) -> End:
         return End("preempted", "its machine was taken away")
     except (TrainingFailedError, ray.exceptions.RayError) as error:  # the latter if the controller itself is lost
         _raise_reported(context)
-        return End(**output.read_json(_END)) if output.exists(_END) else end_of(context, error, machines)
+        if output.exists(_END):
+            return End(**output.read_json(_END))
+        return watch.end or end_of(context, error, machines)
     _raise_reported(context)
     return End(**output.read_json(_END))
 
@@ -256,8 +260,13 @@ def _run_worker(context: StepContext, rank: int = 0, world_size: int = 1) -> End
         ),
     )
     try:
-        with StopNotice(output, reads_requests=rank == 0) as notice:
-            metrics = run_job(job, lambda done, total, message: progress.update(done, total, "steps", message), notice)
+        with (
+            StopNotice(output, reads_requests=rank == 0) as notice,
+            Pulse(context, resources.hang_timeout_s, world_size) as pulse,
+        ):
+            metrics = run_job(
+                job, lambda done, total, message: progress.update(done, total, "steps", message), notice, pulse
+            )
     except StoppedError as error:
         if rank == 0:
             progress.update(error.step, section.train.total_steps, "steps", str(error), force=True)

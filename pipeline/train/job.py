@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -41,15 +42,23 @@ after all (a machine with bad memory), the next start goes on from there."""
 _FLUSH_S = 5.0
 Watch = Callable[[int, int, str], None]
 """Called with (steps done, steps in all, message) by rank 0 at every log line."""
+Value = TypeVar("Value")
+Pulse = Callable[[bool], None]
+"""Called with True when a step begins, and with False when something begins that has no steps."""
 
 
-def run_job(job: TrainJob, watch: Watch, wants_stop: WantsStop = never) -> Json:
+def _no_pulse(is_step: bool) -> None:
+    """Nobody looks whether the training hangs."""
+
+
+def run_job(job: TrainJob, watch: Watch, wants_stop: WantsStop = never, pulse: Pulse = _no_pulse) -> Json:
     """Train, or continue, and publish the averaged network; every worker of the training calls this.
 
     Args:
         job: What to train, and which worker this is.
         watch: Receives progress; called on rank 0 only.
         wants_stop: Why this worker's training should end early; see ``pipeline.train.stop``.
+        pulse: Receives what this worker is at.
 
     Returns:
         Metrics: the last losses, parameters, steps; empty on ranks above 0.
@@ -102,7 +111,9 @@ def run_job(job: TrainJob, watch: Watch, wants_stop: WantsStop = never) -> Json:
     step_fn = make_step(objective, section, share, seed=job.seed, vote=vote)
     reader = iterate_batches(parts.train, order, share, state.step, prefetch=_prefetches(job))
     with writer, closing(reader) as batches:
-        train(state, step_fn, speed.timed(batches), config, resources, save, report, explain)
+        steps, aside = _with_pulse(speed.timed(batches), pulse), partial(_aside, pulse)
+        train(state, step_fn, steps, config, resources, partial(aside, save), report, partial(aside, explain))
+        pulse(False)
         reason = vote.reason() if state.step < config.total_steps else ""
         writer.wait()
         if resources.keep_state and not reason:
@@ -114,9 +125,27 @@ def run_job(job: TrainJob, watch: Watch, wants_stop: WantsStop = never) -> Json:
         return {}
     validate(average)
     parts.publish(average)
-    counts = {"num_parameters": num_parameters(average), "num_steps": state.step}
+    return log.summary() | _counts(average, state, num_damaged) | origin_of(job)
+
+
+def _counts(average: nn.Module, state: TrainState, num_damaged: int) -> Json:
+    """What a finished training has counted, for the manifest; what never happened is left out."""
     events = {"num_damaged_checkpoints": num_damaged, "num_skipped_steps": int(state.num_bad)}
-    return log.summary() | counts | {name: number for name, number in events.items() if number} | origin_of(job)
+    counts = {"num_parameters": num_parameters(average), "num_steps": state.step}
+    return counts | {name: number for name, number in events.items() if number}
+
+
+def _with_pulse(batches: Iterator[Batch], pulse: Pulse) -> Iterator[Batch]:
+    """The same batches; a step begins when its batch is asked for."""
+    while True:
+        pulse(True)
+        yield next(batches)
+
+
+def _aside(pulse: Pulse, function: Callable[[TrainState], Value], state: TrainState) -> Value:
+    """Call what is no step, however long it takes."""
+    pulse(False)
+    return function(state)
 
 
 def _count_damaged(job: TrainJob, damages: list[Damage]) -> int:

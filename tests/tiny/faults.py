@@ -43,15 +43,16 @@ class FaultyContext(StepContext):
 
 def train_workers() -> list[psutil.Process]:
     """The workers of Ray Train below this process."""
-    return _processes("RayTrainWorker")
+    return processes_with("RayTrainWorker")
 
 
 def train_controllers() -> list[psutil.Process]:
     """The controllers of Ray Train below this process."""
-    return _processes("TrainController")
+    return processes_with("TrainController")
 
 
-def _processes(word: str) -> list[psutil.Process]:
+def processes_with(word: str) -> list[psutil.Process]:
+    """The processes below this one whose command line has a word."""
     found: list[psutil.Process] = []
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
