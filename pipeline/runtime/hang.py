@@ -80,7 +80,7 @@ class Pulse(_Repeated):
     Args:
         context: The step.
         timeout_s: Longest time for a step.
-        num_workers: Workers of this start; of several, nothing is said.
+        num_workers: Most workers of the training; of several, nothing is said.
     """
 
     def __init__(self, context: StepContext, timeout_s: float, num_workers: int) -> None:

@@ -145,11 +145,11 @@ def _fit_many(context: StepContext, resources: TrainResources) -> End:
     num_gpus = _num_gpus(resources)
     options = _options(context, resources)
     scaling = ScalingConfig(num_workers=resources.num_workers, use_gpu=num_gpus > 0, **scaling_options(options))
-    machines, watch = living_machines(), HangWatch(context, resources.hang_timeout_s)
+    machines = living_machines()
     try:
         # Ray Train looks whether it can write where checkpoints would be that nobody reports to it. Its own drivers of
         # stores know fewer addresses than ours, and its controller stands on the machine of this process.
-        with tempfile.TemporaryDirectory(prefix="unclip-") as folder, _own_interrupts(), watch:
+        with tempfile.TemporaryDirectory(prefix="unclip-") as folder, _own_interrupts():
             RoomTrainer(
                 _run_ranked,
                 policy=RoomPolicy(scaling, context, options),
@@ -167,9 +167,7 @@ def _fit_many(context: StepContext, resources: TrainResources) -> End:
         return End("preempted", "its machine was taken away")
     except (TrainingFailedError, ray.exceptions.RayError) as error:  # the latter if the controller itself is lost
         _raise_reported(context)
-        if output.exists(_END):
-            return End(**output.read_json(_END))
-        return watch.end or end_of(context, error, machines)
+        return End(**output.read_json(_END)) if output.exists(_END) else end_of(context, error, machines)
     _raise_reported(context)
     return End(**output.read_json(_END))
 
@@ -262,7 +260,7 @@ def _run_worker(context: StepContext, rank: int = 0, world_size: int = 1) -> End
     try:
         with (
             StopNotice(output, reads_requests=rank == 0) as notice,
-            Pulse(context, resources.hang_timeout_s, world_size) as pulse,
+            Pulse(context, resources.hang_timeout_s, resources.most_workers) as pulse,
         ):
             metrics = run_job(
                 job, lambda done, total, message: progress.update(done, total, "steps", message), notice, pulse

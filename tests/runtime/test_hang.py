@@ -87,17 +87,11 @@ def _wait_for_checkpoint(output: Artifact, task: Any) -> None:
 
 @pytest.mark.ray
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize(
-    ("resources", "process"),
-    [({}, "upsampler_1: train"), ({"num_workers": [1, 2], "cpus_per_worker": 2}, "RayTrainWorker")],
-)
-def test_the_only_worker_of_a_training_is_replaced_if_it_hangs(
-    local_ray: None, resources: dict[str, Any], process: str, tmp_path: Path
-) -> None:
-    context = upsampler_context(_recipe(tmp_path, hang_timeout_s=6, **resources))
+def test_the_only_worker_of_a_training_is_replaced_if_it_hangs(local_ray: None, tmp_path: Path) -> None:
+    context = upsampler_context(_recipe(tmp_path, hang_timeout_s=6))
     task = ray.remote(num_cpus=0, max_retries=0)(run_training).remote(context)
     _wait_for_checkpoint(context.output, task)
-    (worker,) = processes_with(process)
+    (worker,) = processes_with("upsampler_1: train")
     worker.suspend()
     metrics = ray.get(task).metrics
     assert (metrics["num_steps"], metrics["num_failures"]) == (NUM_STEPS, 1)
