@@ -2,39 +2,49 @@
 
 import os
 import weakref
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 from pipeline.data.shard_tables import Places
 from pipeline.data.tar_index import Members, index_tar
 from pipeline.errors import DataError, StepError
+from pipeline.workspace.disk import patiently
 from pipeline.workspace.ranged_file import RangedFile
 from pipeline.workspace.store import Artifact
 from pipeline.workspace.store_errors import is_beyond_end
+
+T = TypeVar("T")
 
 
 class LocalTar:
     """A tar on this machine; its one file handle is closed when the object is garbage-collected.
 
+    What its storage does not give for a moment is read again for minutes.
+
     Args:
         path: The tar.
+
+    Raises:
+        StepError: If the storage does not give it, also after minutes; so of every read.
     """
 
     def __init__(self, path: Path) -> None:
         self.file: Path | str = path
         """What messages and ``repair_hint`` call it."""
         self._path = path
-        self._handle = os.open(path, os.O_RDONLY)
+        self._handle = patiently(lambda: os.open(path, os.O_RDONLY), str(path))
         weakref.finalize(self, os.close, self._handle)
 
     @property
     def num_bytes(self) -> int:
         """Its size."""
-        return os.fstat(self._handle).st_size
+        return self._patiently(lambda: os.fstat(self._handle)).st_size
 
     def read(self, start: int, stop: int) -> bytes:
         """Bytes of it; fewer where it ends."""
-        return os.pread(self._handle, stop - start, start)
+        return self._patiently(lambda: os.pread(self._handle, stop - start, start))
 
     def picture(self, key: str, uid: str) -> bytes | None:  # noqa: ARG002  (its headers are at hand)
         """None: see ``FarTar.picture``."""
@@ -46,7 +56,23 @@ class LocalTar:
 
     def members(self) -> Members:
         """Its index, by all headers."""
-        return index_tar(self._path)
+        return patiently(lambda: index_tar(self._path), str(self._path))
+
+    def _patiently(self, action: Callable[[], T]) -> T:
+        """As ``patiently``, of an action on the handle, behind which the file is opened anew where it has failed."""
+
+        def act() -> T:
+            try:
+                return action()
+            except OSError:
+                handle = os.open(self._path, os.O_RDONLY)
+                try:  # the handle keeps its number: other threads may be reading by it
+                    os.dup2(handle, self._handle, inheritable=False)
+                finally:
+                    os.close(handle)
+                raise
+
+        return patiently(act, str(self._path))
 
 
 class FarTar:

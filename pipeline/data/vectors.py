@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pipeline.data.far_files import FarFiles, MappedFiles
 from pipeline.data.mends import repair_hint
 from pipeline.data.rows import embeddings_schema
-from pipeline.data.shard_tables import name_of, read_batches, read_table
+from pipeline.data.shard_tables import read_batches, read_table, undamaged
 from pipeline.errors import DataError
 from pipeline.workspace.hashing import HashedFile
 
@@ -78,8 +78,15 @@ def read_column(path: Path, name: str) -> NDArray[np.float16]:
 
     From a file of ``write_embeddings`` the numbers are copied as they lie there; pyarrow, which decodes every number of
     a list for itself, reads the others.
+
+    Raises:
+        DataError, StepError: As ``undamaged``.
     """
-    with _opened(path) as file:
+    return undamaged(lambda: _read_column(path, name), path)
+
+
+def _read_column(path: Path, name: str) -> NDArray[np.float16]:
+    with pq.ParquetFile(path) as file:
         groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
         embed_dim = file.schema_arrow.field(name).type.list_size
         leaf = file.schema_arrow.get_field_index(name)  # each column has one leaf
@@ -108,24 +115,11 @@ class StoredColumn:
         name: The column.
 
     Raises:
-        DataError: If the file is damaged.
+        DataError, StepError: As ``undamaged``.
     """
 
     def __init__(self, path: Path, name: str) -> None:
-        self._starts = np.zeros(0, np.int64)
-        with _opened(path) as file:
-            groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
-            self._row_bytes = 2 * file.schema_arrow.field(name).type.list_size
-            leaf = file.schema_arrow.get_field_index(name)
-            is_ours = _ONE_PAGE.items() <= (file.schema_arrow.metadata or {}).items()
-            if not groups or not (is_ours and all(_is_plain(group, leaf) for group in groups)):
-                self._bytes = to_numpy(file.read([name]).column(name)).view(np.uint8).reshape(-1)
-                self._starts = np.arange(len(self._bytes) // self._row_bytes) * self._row_bytes
-                return
-        self._bytes = np.memmap(path, np.uint8, "r")
-        stops = [group.column(leaf).data_page_offset + group.column(leaf).total_compressed_size for group in groups]
-        rows = [np.arange(-group.num_rows, 0) * self._row_bytes for group in groups]
-        self._starts = np.concatenate([stop + offsets for stop, offsets in zip(stops, rows, strict=True)])
+        self._bytes, self._starts, self._row_bytes = undamaged(lambda: _open_column(path, name), path)
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.float16]:
         """The vectors of some rows of the file, (len(rows), D)."""
@@ -142,11 +136,20 @@ def _is_plain(group: Any, leaf: int) -> bool:
     return is_stored_plainly and group.num_rows <= ROW_GROUP_ROWS
 
 
-def _opened(path: Path | IO[bytes]) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{name_of(path)}: damaged ({error}); {repair_hint(path)}") from error
+def _open_column(path: Path, name: str) -> tuple[NDArray[np.uint8], NDArray[np.int64], int]:
+    """The bytes of a column or of its file, where each row begins in them, and how many bytes it has."""
+    with pq.ParquetFile(path) as file:
+        groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+        row_bytes = 2 * file.schema_arrow.field(name).type.list_size
+        leaf = file.schema_arrow.get_field_index(name)
+        is_ours = _ONE_PAGE.items() <= (file.schema_arrow.metadata or {}).items()
+        if not groups or not (is_ours and all(_is_plain(group, leaf) for group in groups)):
+            content = to_numpy(file.read([name]).column(name)).view(np.uint8).reshape(-1)
+            return content, np.arange(len(content) // row_bytes) * row_bytes, row_bytes
+    stops = [group.column(leaf).data_page_offset + group.column(leaf).total_compressed_size for group in groups]
+    rows = [np.arange(-group.num_rows, 0) * row_bytes for group in groups]
+    starts = np.concatenate([stop + offsets for stop, offsets in zip(stops, rows, strict=True)])
+    return np.memmap(path, np.uint8, "r"), starts, row_bytes
 
 
 def read_vectors(path: Path) -> Vectors:
@@ -214,8 +217,13 @@ class RowGroups:
 
         Raises:
             DataError: If the file is damaged or lacks a column, or its first vectors are not where they should be.
+            StepError: As ``undamaged``.
         """
-        with _opened(path) as parquet:
+        return undamaged(lambda: cls._of_file(path, file, first_row), path)
+
+    @classmethod
+    def _of_file(cls, path: Path | IO[bytes], file: int, first_row: int) -> "RowGroups":
+        with pq.ParquetFile(path) as parquet:
             metadata = parquet.metadata
             names = [metadata.schema.column(i).path.split(".")[0] for i in range(metadata.num_columns)]
             first_rows, offsets = list[int](), list[list[int]]()
