@@ -25,7 +25,7 @@ from torch import Tensor
 from models.clip_config import END_TOKEN, START_TOKEN, ClipDims
 from models.text import NUM_NULL_TOKENS, TextEncoding, padded_length
 from pipeline.data.mends import repair_hint
-from pipeline.data.shard_tables import name_of
+from pipeline.data.shard_tables import name_of, undamaged
 from pipeline.data.vectors import to_arrow
 from pipeline.errors import DataError
 from pipeline.workspace.hashing import HashedFile
@@ -167,11 +167,10 @@ def read_empty(source: Path | IO[bytes]) -> EmptyCaption:
     """The empty caption of a file, of which nothing but the footer is read.
 
     Raises:
-        DataError: If the file is damaged.
+        DataError, StepError: As ``undamaged``.
     """
     with _named(source):
-        with pa.ipc.open_file(source) as file:
-            metadata: dict[bytes, bytes] = file.schema.metadata or {}
+        metadata: dict[bytes, bytes] = undamaged(lambda: _read_metadata(source), source)
         dims = _dims_of(metadata)
         pooled, hidden = (
             torch.from_numpy(np.frombuffer(metadata[name], np.float32).copy()) for name in (_POOLED, _HIDDEN)
@@ -185,7 +184,7 @@ def copy_states(source: Path, target: Path, uids: pa.Array) -> None:
     """Write the rows of some uids alone to another file.
 
     Raises:
-        DataError: If the file is damaged.
+        DataError, StepError: As ``undamaged``.
     """
     schema, batches = _read_batches(source)
     with write_states(target, schema) as writer:
@@ -200,7 +199,7 @@ class StoredStates:
         path: The file.
 
     Raises:
-        DataError: If it is damaged.
+        DataError, StepError: As ``undamaged``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -275,12 +274,22 @@ def read_states(
 
 def _read_batches(path: Path) -> tuple[pa.Schema, list[pa.RecordBatch]]:
     """The columns and rows of a file, mapped into memory."""
-    with _named(path), pa.memory_map(str(path)) as stream, pa.ipc.open_file(stream) as file:
-        batches = [file.get_batch(number) for number in range(file.num_record_batches)]
+
+    def read() -> tuple[pa.Schema, list[pa.RecordBatch]]:
+        with pa.memory_map(str(path)) as stream, pa.ipc.open_file(stream) as file:
+            return file.schema, [file.get_batch(number) for number in range(file.num_record_batches)]
+
+    with _named(path):
+        schema, batches = undamaged(read, path)
         for rows in batches:
             rows.validate(full=True)  # offsets and texts; it does not look at the states
-        _dims_of(file.schema.metadata)
-        return file.schema, batches
+        _dims_of(schema.metadata)
+    return schema, batches
+
+
+def _read_metadata(source: Path | IO[bytes]) -> dict[bytes, bytes]:
+    with pa.ipc.open_file(source) as file:
+        return file.schema.metadata or {}
 
 
 def _dims_of(metadata: Mapping[bytes, bytes] | None) -> ClipDims:
@@ -296,5 +305,5 @@ def _numbers(vectors: pa.FixedSizeListArray) -> NDArray[np.float16]:
 def _named(path: Path | IO[bytes]) -> Generator[None]:
     try:
         yield
-    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
+    except (pa.ArrowException, KeyError, ValueError, TypeError) as error:
         raise DataError(f"{name_of(path)}: damaged ({error}); {repair_hint(path)}") from error
