@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from threading import Lock
@@ -228,11 +228,11 @@ class Samples:
         self.weights = tuple(weights)
         self.num_streams = num_streams
         self._image_px = image_px
-        self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()
-        self._open_rows = 0
+        self._open_shards: OrderedDict[int, Future[_OpenShard]] = OrderedDict()
+        """Those that were asked for last, by number; some are still being fetched, by one thread each."""
         # A larger shard is a window of its own, in each stream.
         self._most_open_rows = 2 * max(window_rows, num_streams * max(reader.shard_rows, default=0), 1)
-        self._lock = Lock()  # of the open shards; what is open may be read by several threads
+        self._lock = Lock()  # of the table of open shards, for a moment; what is open may be read by several threads
         self._pool = ThreadPoolExecutor(num_threads) if num_threads > 1 else None
         self.row_bytes = image_px * image_px * 3
         """Memory of one decoded picture."""
@@ -254,8 +254,7 @@ class Samples:
         """The rows at some locations, and their shards, by number."""
         order = np.argsort(locations[:, 0], kind="stable")
         numbers, firsts = np.unique(locations[order, 0], return_index=True)
-        with self._lock:
-            shards = {number: self._open(number) for number in numbers.tolist()}
+        shards = {number: self._open(number) for number in numbers.tolist()}
         places = np.split(order, firsts[1:])
         rows = [locations[of_shard, 1] for of_shard in places]
         return _Rows([shard.table for shard in shards.values()], order, places, rows), shards
@@ -270,12 +269,11 @@ class Samples:
         return torch.from_numpy(np.stack(list(arrays)))
 
     def open_one(self, locations: NDArray[np.int64]) -> None:
-        """Open one shard of some locations that is not open yet, if there is one."""
+        """Open one shard of some locations that is neither open yet nor being opened, if there is one."""
         with self._lock:
-            for number in np.unique(locations[:, 0]).tolist():
-                if number not in self._open_shards:
-                    self._open(number)
-                    return
+            numbers = [n for n in np.unique(locations[:, 0]).tolist() if n not in self._open_shards]
+        if numbers:
+            self._open(numbers[0])
 
     def first(self, count: int) -> Batch | None:
         """The first ``count`` rows in order of shard and key, or None if there is no row.
@@ -292,9 +290,25 @@ class Samples:
         return self.batch(np.asarray(locations, dtype=np.int64)) if locations else None
 
     def _open(self, number: int) -> _OpenShard:
-        if number in self._open_shards:
+        """A shard, which the first thread that asks for it fetches; the others wait for that one and for no other."""
+        with self._lock:
+            shard = self._open_shards.get(number)
+            is_new = shard is None
+            if shard is None:
+                shard = self._open_shards[number] = Future[_OpenShard]()
             self._open_shards.move_to_end(number)
-            return self._open_shards[number]
+        if is_new:
+            try:
+                shard.set_result(self._fetch(number))
+            except BaseException as error:  # those that wait must hear of whatever ends this thread's work
+                with self._lock:
+                    del self._open_shards[number]
+                shard.set_exception(error)
+                raise
+            self._close_others()
+        return shard.result()
+
+    def _fetch(self, number: int) -> _OpenShard:
         name, px = self.reader.shards[number], self._image_px
         table = self.reader.table(name)
         if len(table) != self.reader.shard_rows[number]:
@@ -304,12 +318,18 @@ class Samples:
         shard = _OpenShard(table, self.reader.pictures(name) if px else None)
         if px and self._caches:
             shard.images = np.empty((len(table), px, px, 3), np.uint8)
-        self._open_shards[number] = shard
-        self._open_rows += len(table)
-        while self._open_rows > self._most_open_rows and len(self._open_shards) > 1:
-            _, oldest = self._open_shards.popitem(last=False)
-            self._open_rows -= len(oldest.table)
         return shard
+
+    def _close_others(self) -> None:
+        """Let go of the shards that were not asked for longest, where the open ones have too many rows."""
+        with self._lock:
+            numbers = [number for number, shard in self._open_shards.items() if shard.done()]
+            num_rows = sum(self.reader.shard_rows[number] for number in numbers)
+            for number in numbers[:-1]:
+                if num_rows <= self._most_open_rows:
+                    break
+                del self._open_shards[number]
+                num_rows -= self.reader.shard_rows[number]
 
     def _image(self, sample: tuple[_OpenShard, int, str, str]) -> NDArray[np.uint8]:
         shard, row, key, uid = sample

@@ -1,4 +1,6 @@
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from models.text import TextEncoding
 from pipeline.data import batches as module
@@ -15,7 +18,7 @@ from pipeline.data.batches import CaptionTable, Samples, iterate_batches, plan_o
 from pipeline.data.order import Share
 from pipeline.data.tar_index import index_tar
 from pipeline.data.training_rows import ShardReader, ShardTable
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StepError
 from tests.tiny.shards import write_download, write_embed
 
 
@@ -123,6 +126,68 @@ def test_no_shard_is_opened_twice_in_an_epoch(window_rows: int, batch_size: int)
     uids = [uid for batch in islice(iterate_batches(samples, order, Share(batch_size), 0), 6) for uid in batch.uids]
     assert len(set(uids)) == 6 * batch_size
     assert len(names) == len(set(names))
+
+
+class _SlowShard:
+    """The first shard of some, which is being fetched until it is let go on."""
+
+    def __init__(self, reader: Any, error: Exception | None = None) -> None:
+        self.begun, self.goes_on, self.done = threading.Event(), threading.Event(), list[str]()
+        self._read, self._error = reader.table, error
+        reader.table = self._table
+
+    def _table(self, name: str) -> ShardTable:
+        if name == "00000":
+            self.begun.set()
+            assert self.goes_on.wait(10)
+            if self._error is not None:
+                raise self._error
+        table = self._read(name)
+        self.done.append(name)
+        return table
+
+
+def _rows_of(*shards: int) -> NDArray[np.int64]:
+    """The first row of each of some shards."""
+    return np.array([[shard, 0] for shard in shards])
+
+
+def test_a_shard_that_is_being_fetched_holds_up_no_other_one() -> None:
+    reader = _noting_reader(4, list[str]())
+    samples, slow = Samples(reader, 0), _SlowShard(reader)
+    with ThreadPoolExecutor(1) as threads:
+        first = threads.submit(samples.batch, _rows_of(0))
+        assert slow.begun.wait(10)
+        assert samples.batch(_rows_of(1, 2)).captions == ("00001-0", "00002-0")
+        samples.open_one(_rows_of(0, 1, 2, 3))  # one of them is under way, two are open
+        slow.goes_on.set()
+        assert first.result().captions == ("00000-0",)
+    assert slow.done == ["00001", "00002", "00003", "00000"]
+
+
+def test_a_shard_is_fetched_once_for_all_threads_that_wait_for_it() -> None:
+    opened = list[str]()
+    reader = _noting_reader(2, opened)
+    samples, slow = Samples(reader, 0), _SlowShard(reader)
+    with ThreadPoolExecutor(3) as threads:
+        batches = [threads.submit(samples.batch, _rows_of(0, 1)) for _ in range(3)]
+        assert slow.begun.wait(10)
+        slow.goes_on.set()
+        assert {batch.result().captions for batch in batches} == {("00000-0", "00001-0")}
+    assert sorted(opened) == ["00000", "00001"]
+
+
+def test_a_shard_that_could_not_be_fetched_fails_all_that_wait_and_is_fetched_when_it_is_asked_for_again() -> None:
+    reader = _noting_reader(2, list[str]())
+    read = reader.table
+    samples, slow = Samples(reader, 0), _SlowShard(reader, StepError("away"))
+    with ThreadPoolExecutor(2) as threads:
+        batches = [threads.submit(samples.batch, _rows_of(0)) for _ in range(2)]
+        assert slow.begun.wait(10)
+        slow.goes_on.set()
+        assert [type(batch.exception()) for batch in batches] == [StepError, StepError]
+    reader.table = read
+    assert samples.batch(_rows_of(0)).captions == ("00000-0",)
 
 
 def test_workers_of_two_machines_open_the_shards_of_their_own_streams() -> None:
