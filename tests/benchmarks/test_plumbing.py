@@ -17,6 +17,7 @@ from benchmarks import side_by_side
 from benchmarks.loop import Sizes
 from benchmarks.loop import run as run_loop
 from benchmarks.memory import run as run_memory
+from benchmarks.recovery import PARTS, divided, parts_noted, times_of
 from benchmarks.refusals import BODIES, measure, running
 from benchmarks.sampler_steps import DecoderQuality
 from benchmarks.sampler_steps import run as run_sampler_steps
@@ -28,8 +29,11 @@ from benchmarks.token_states import run as run_token_states
 from benchmarks.train_step import DECODER, PRIOR
 from benchmarks.train_step import run as run_train_step
 from models.diffusion.samplers import SAMPLERS
+from pipeline.recipe.recipe import parse_recipe
 from tests.ports import free_port
 from tests.tiny.command import ROOT
+from tests.tiny.recipe import tiny_tables
+from tests.tiny.training import train_here, upsampler_context
 from tests.tiny.workspace import served_workspace
 
 DECODER_TINY = replace(
@@ -157,7 +161,23 @@ def test_gpu_benchmark_counts_and_times_on_any_device(tmp_path: Path) -> None:
     assert [row["network"] for row in comparison["rows"]] == ["decoder", "prior"]
     for row in comparison["rows"]:
         assert row["tflop_s"] == pytest.approx(row["tflop_a_step"] / row["step_s"])
-        assert row["of_measured_peak"] > 0
+        assert row["tflop_s"] / row["of_measured_peak"] == pytest.approx(row["peak_tflop_s"])  # rows may be merged
+
+
+def test_a_recovery_is_divided_up_to_the_end_of_the_first_step(tmp_path: Path) -> None:
+    context = upsampler_context(parse_recipe(tiny_tables(tmp_path / "workspace")))
+    killed = time.time()
+    with parts_noted(tmp_path):
+        before = train_here(context)["num_steps"]
+        assert len(list(tmp_path.glob("*-*"))) == len(PARTS)
+    times = [times_of(tmp_path, part, killed) for part in PARTS]
+    assert before > 1
+    assert times == sorted(times)
+    assert {len(of_part) for of_part in times} == {1}
+    row = divided(tmp_path, killed, killed)
+    assert sum(row[f"{part}_s"] for part in PARTS) == pytest.approx(row["next_step_s"])
+    assert row["first_step_s"] > 0
+    assert times_of(tmp_path, PARTS[-1], time.time()) == []  # those of the workers before the kill
 
 
 _SERVING_DIFFUSERS = """
