@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -88,16 +90,15 @@ def run_job(job: TrainJob, watch: Watch, wants_stop: WantsStop = never, pulse: P
             watch(state.step, config.total_steps, f"{text}{note_of_skips}{log.note}{note}")
 
     def validate(average: nn.Module | None) -> None:
-        """Measure the network, unless others do, and publish the curves."""
+        """Measure the network, unless others do."""
         if is_first and average is not None and not resources.validates_beside:
             validation.write(average, state.step)
-        if is_first:
-            log.flush(state.step)
 
     def save(state: TrainState) -> None:
         is_due = state.step % resources.save_every_steps == 0  # else the training ends early, and may have little time
         validate(state.average if is_due and not resources.validates_beside else None)
-        writer.save(state)  # after the curves: what it holds is not trained again, so no later start writes their rows
+        # After the curves: what it holds is not trained again, so no later start writes their rows.
+        writer.save(state, functools.partial(log.flush, state.step) if is_first else None)
 
     def explain(state: TrainState) -> str:
         number = int(state.bad_step) - 1
@@ -124,6 +125,7 @@ def run_job(job: TrainJob, watch: Watch, wants_stop: WantsStop = never, pulse: P
     if not is_first or average is None:
         return {}
     validate(average)
+    log.flush(state.step)
     parts.publish(average)
     return log.summary() | _counts(average, state, num_damaged) | origin_of(job)
 
@@ -254,6 +256,8 @@ def _changed_since(contents: dict[str, str], inputs: dict[str, Artifact]) -> lis
 class MetricsLog:
     """``metrics.jsonl``: one row a log line; a resumed run continues it as if it had never stopped.
 
+    One thread may add rows while another one publishes them.
+
     Args:
         artifact: The artifact of the running step.
         step: Step of the checkpoint that is continued; rows beyond it are dropped.
@@ -277,6 +281,8 @@ class MetricsLog:
         """What to say of validations that did not take place."""
         self._validated = {row["step"] for row in self.rows if "val_loss" in row}
         self._due = 0.0
+        self._lock = threading.Lock()  # of the rows, for a moment
+        self._file_lock = threading.Lock()
 
     def add_losses(self, state: TrainState, rate: float, speed: dict[str, float], workers: int) -> str:
         """Add the mean loss since the last log line, the last gradient norm, rate and speed; returns it in words.
@@ -289,7 +295,8 @@ class MetricsLog:
         norm = float(state.grad_norm)
         row |= {"grad_norm": norm} if math.isfinite(norm) else {}
         row |= {"lr": rate, "workers": workers}
-        self.rows.append(row | {name: float(f"{value:.4g}") for name, value in speed.items()})
+        with self._lock:
+            self.rows.append(row | {name: float(f"{value:.4g}") for name, value in speed.items()})
         self._flush_if_due(state.step)
         words = f"loss {total / count:.4f}" if count else "no step with a finite loss since the last line"
         return f"{words}, {describe_speed(speed)}"
@@ -297,16 +304,25 @@ class MetricsLog:
     def _flush_if_due(self, step: int) -> None:
         """Publish the rows so often that curves are seen as they happen, and writing takes at most 1 % of the time."""
         start = time.monotonic()
-        if start >= self._due:
-            self.flush(step)
+        if start >= self._due and self._file_lock.acquire(blocking=False):  # else they are being published
+            try:
+                self._publish(step)
+            finally:
+                self._file_lock.release()
             now = time.monotonic()
             self._due = now + max(_FLUSH_S, 100 * (now - start))
 
     def flush(self, step: int) -> None:
         """Publish all rows, with the results of the validations up to a step, whoever computed them."""
-        self._take_results(step)
+        with self._file_lock:
+            self._publish(step)
+
+    def _publish(self, step: int) -> None:
+        results = self._new_results(step)
+        with self._lock:
+            self.rows = sorted((row for row in self.rows + results if len(row) > 2), key=lambda row: row["step"])
+            rows = [row | ({} if number else {"begun": self._begun}) for number, row in enumerate(self.rows)]
         self._keep_passed()
-        rows = [row | ({} if number else {"begun": self._begun}) for number, row in enumerate(self.rows)]
         self._artifact.write_bytes(METRICS, _as_lines(rows))
 
     def _keep_passed(self) -> None:
@@ -317,14 +333,13 @@ class MetricsLog:
             self._artifact.write_bytes(_PASSED, _as_lines(rows))
             self._passed = []
 
-    def _take_results(self, step: int) -> None:
-        for number in result_steps(self._artifact):
-            if number <= step and number not in self._validated:
-                self._validated.add(number)
-                self.rows.append({"step": number, **read_result(self._artifact, number)})
-        self.rows = sorted((row for row in self.rows if len(row) > 2), key=lambda row: row["step"])
+    def _new_results(self, step: int) -> list[Json]:
+        numbers = [n for n in result_steps(self._artifact) if n <= step and n not in self._validated]
+        results = [{"step": number, **read_result(self._artifact, number)} for number in numbers]
+        self._validated.update(numbers)
         text = read_beside(self._artifact).text
         self.note = f"; {text}" if text else ""
+        return results
 
     def summary(self) -> Json:
         """The last loss of each kind, and the last measures."""

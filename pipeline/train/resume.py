@@ -106,8 +106,12 @@ class CheckpointWriter:
         if self._thread is not None:
             self._thread.join()
 
-    def save(self, state: TrainState) -> None:
+    def save(self, state: TrainState, before: Callable[[], object] | None = None) -> None:
         """Copy the state, and write it in the background.
+
+        Args:
+            state: The state.
+            before: Called in the background before it is written; if that fails, there is no checkpoint.
 
         Raises:
             StepError: If the last checkpoint could not be written.
@@ -116,7 +120,7 @@ class CheckpointWriter:
         if not _writes(state):
             return
         snapshot = Snapshot.of(state)
-        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint")
+        self._thread = threading.Thread(target=self._write, args=(snapshot, before), name="checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
@@ -142,8 +146,10 @@ class CheckpointWriter:
         if _writes(state):
             Snapshot.of(state).publish(self._artifact, state_name(state.step), self._digest, self._attempt)
 
-    def _write(self, snapshot: Snapshot) -> None:
+    def _write(self, snapshot: Snapshot, before: Callable[[], object] | None) -> None:
         try:
+            if before is not None:
+                before()
             name = checkpoint_name(snapshot.step)
             snapshot.publish(self._artifact, name, self._digest, self._attempt, self._ends.is_set)
             if snapshot.number == 0:

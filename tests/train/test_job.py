@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from pipeline.networks.cascade import load_cascade
 from pipeline.networks.clip import load_clip_artifact
 from pipeline.networks.files import load_network
 from pipeline.recipe.recipe import Recipe, parse_recipe, to_dict
+from pipeline.recipe.train_sections import TrainConfig
 from pipeline.runtime.tracking.records import begun_at
 from pipeline.train.assemble import TrainJob, assemble, samples_of
 from pipeline.train.job import MetricsLog, run_job
 from pipeline.train.resume import checkpoint_name, checkpoint_steps
+from pipeline.train.state import create_state
 from pipeline.workspace.progress import METRICS
 from pipeline.workspace.store import INPUTS, Artifact
 from tests.models.tiny_models import with_stages
@@ -148,6 +151,55 @@ def test_a_killed_training_that_is_validated_beside_loses_no_row_of_its_curves(t
     assert _steps_of_losses(job) == [1, 2, 3, 4]
     run_job(job, no_watch)
     assert _steps_of_losses(job) == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_curves_are_published_before_a_checkpoint_and_by_the_thread_that_writes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No worker waits for it; if it fails there is no checkpoint, whose rows no later start would write."""
+    recipe = _changed("upsampler_1", resources__validation="beside")
+    job, write = tiny_job("upsampler_1", tiny_inputs(tmp_path), tmp_path / "output", recipe), Artifact.write_bytes
+    writers = list[str]()
+
+    def write_noted(artifact: Artifact, name: str, data: bytes) -> None:
+        if name == METRICS:
+            writers.append(threading.current_thread().name)
+            if writers.count("checkpoint") == 2:
+                raise StepError("no room for curves")
+        write(artifact, name, data)
+
+    monkeypatch.setattr(Artifact, "write_bytes", write_noted)
+    monkeypatch.setattr("pipeline.train.job._FLUSH_S", 600.0)
+    with pytest.raises(StepError, match="no room for curves"):
+        run_job(job, no_watch)
+    # The first line is published at once, the others with the next checkpoint.
+    assert writers == [threading.main_thread().name, "checkpoint", "checkpoint"]
+    assert checkpoint_steps(job.output) == [2]
+    monkeypatch.undo()
+    run_job(job, no_watch)
+    assert _steps_of_losses(job) == [1, 2, 3, 4, 5, 6]
+
+
+def test_rows_are_added_while_others_are_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, write = MetricsLog(Artifact(str(tmp_path)), 0), Artifact.write_bytes
+    state = create_state(torch.nn.Linear(1, 1), TrainConfig(), torch.device("cpu"))
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def write_slowly(artifact: Artifact, name: str, data: bytes) -> None:
+        begun.set()
+        assert goes_on.wait(10)
+        write(artifact, name, data)
+
+    monkeypatch.setattr(Artifact, "write_bytes", write_slowly)
+    writer = threading.Thread(target=log.flush, args=(0,))
+    writer.start()
+    assert begun.wait(10)
+    for state.step in (1, 2):
+        log.add_losses(state, 0.1, {"samples_per_s": 1.0, "stalled_share": 0.0, "peak_memory_gb": 0.0}, 1)
+    goes_on.set()
+    writer.join()
+    log.flush(2)
+    assert [row["step"] for row in MetricsLog(Artifact(str(tmp_path)), 2).rows] == [1, 2]
 
 
 def test_curves_that_cannot_be_read_for_a_moment_are_continued(
