@@ -82,12 +82,12 @@ def _run_training(context: StepContext) -> None:
 
 def _alone(context: StepContext) -> Any:
     with parts_noted(_notes(context)):
-        return train._run_alone(context)
+        return train._run_alone(context)  # pyright: ignore[reportPrivateUsage]
 
 
 def _ranked(config: dict[str, Any]) -> None:
     with parts_noted(_notes(config["context"])):
-        train._run_ranked(config)
+        train._run_ranked(config)  # pyright: ignore[reportPrivateUsage]
 
 
 def _notes(context: StepContext) -> Path:
