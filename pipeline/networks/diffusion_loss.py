@@ -41,6 +41,10 @@ class DiffusionLoss(nn.Module):
             losses = torch.cat(self._losses)[: len(share)]  # those of parts that were computed again come last
             pairs = rows_of_all(losses, share).cpu()
             self.draws.update(pairs[:, 0].long(), pairs[:, 1])
+        self.forget_step()
+
+    def forget_step(self) -> None:
+        """Let go of the losses of this step so far."""
         self._losses.clear()
 
 

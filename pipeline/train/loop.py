@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from models.diffusion.noise import derive_seed
 from models.layers.ema import update_average
@@ -83,10 +84,30 @@ def make_step(
     config, vote = section.train, vote or StopVote(never, share.world_size)
     accumulate = make_accumulate(objective, share, section.resources.samples_a_pass)
     losses = diffusion_losses_of(objective)
+    depends_on_buckets = isinstance(objective, DistributedDataParallel) and share.world_size > 2
+
+    def lay_out_buckets(state: TrainState, batch: Batch, place: Place) -> None:
+        """Take a pass that changes nothing, behind which torch lays out its buckets as gradients come.
+
+        Where a ring of three or more workers begins to add up a number depends on its place in its bucket. Without
+        this pass the first step of a start would be rounded in another way than if the training had not stopped.
+        """
+        statistics = statistics_of(state.network)
+        before = [buffer.clone() for buffer in statistics]
+        accumulate(batch, random_of_step(seed, state.step, share), place)
+        for diffusion_loss in losses:
+            diffusion_loss.forget_step()
+        for buffer, value in zip(statistics, before, strict=True):
+            buffer.copy_(value)
+        state.optimizer.zero_grad(set_to_none=True)
 
     def step(state: TrainState, batch: Batch) -> None:
+        nonlocal depends_on_buckets
         random = random_of_step(seed, state.step, share)
         now = config.at(state.step)
+        if depends_on_buckets:
+            lay_out_buckets(state, batch, Place(state.bad_step.device, now.precision))
+            depends_on_buckets = False
         statistics = statistics_of(state.network) if section.resources.max_bad_steps else []
         before = [buffer.clone() for buffer in statistics]
         loss = accumulate(batch, random, Place(state.bad_step.device, now.precision))

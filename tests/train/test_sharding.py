@@ -193,20 +193,22 @@ def _state_bytes(state: TrainState) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
-def _run(inputs: dict[str, Artifact], folder: str, rank: int, world_size: int) -> dict[str, Any]:
+def _run(inputs: dict[str, Artifact], folder: str, rank: int, world_size: int, num_shards: int = 0) -> dict[str, Any]:
     """A whole training, with its checkpoints, its validation and its artifact."""
     resources = {"save_every_steps": 2, "validation": "in_line"}
-    recipe = _Case("upsampler_1", resources=resources).recipe(world_size, 0)
+    recipe = _Case("upsampler_1", resources=resources).recipe(world_size, num_shards)
     output = Artifact(f"{folder}/run-{world_size}")
     return run_job(
         TrainJob("upsampler_1", recipe, inputs, output, "key", CPU, rank=rank, world_size=world_size), no_watch
     )
 
 
-def _stop_and_go_on(inputs: dict[str, Artifact], folder: str, rank: int, world_size: int) -> dict[str, Any]:
+def _stop_and_go_on(
+    inputs: dict[str, Artifact], folder: str, rank: int, world_size: int, num_shards: int = 0
+) -> dict[str, Any]:
     """The same run, which the last worker wants to end early at its third step, and which goes on then."""
-    recipe = _Case("upsampler_1", resources={"save_every_steps": 2}).recipe(world_size, 0)
-    output, calls = Artifact(f"{folder}/stopped"), list[int]()
+    recipe = _Case("upsampler_1", resources={"save_every_steps": 2}).recipe(world_size, num_shards)
+    output, calls = Artifact(f"{folder}/stopped-{world_size}"), list[int]()
     job = TrainJob("upsampler_1", recipe, inputs, output, "key", CPU, rank=rank, world_size=world_size)
 
     def wants_stop() -> str:
@@ -262,6 +264,9 @@ def _work_together(number: int, rank: int, world_size: int, inputs: dict[str, Ar
     if number == 1:
         results["run", 2, 0] = _run(inputs, folder, rank, 2)
         return results | {("stopped", 2, 0): _stop_and_go_on(inputs, folder, rank, 2)}
+    if number == 2:  # none of them divided: each worker has all of the state
+        results["run", 3, 1] = _run(inputs, folder, rank, 3, 1)
+        results["stopped", 3, 1] = _stop_and_go_on(inputs, folder, rank, 3, 1)
     share = Share(CASES["decoder"].batch_size, rank, world_size)
     if number == 0:
         results["timeouts", 4, 2] = {"s": _timeouts_s(TrainResources(num_workers=4, num_shards=2, hang_timeout_s=77))}
@@ -360,12 +365,13 @@ def test_a_divided_training_is_validated_and_published_as_that_of_one_worker(
 def test_workers_end_after_the_same_step_if_one_wants_to_and_go_on_as_if_they_had_not(
     trained: list[Results], folder: Path
 ) -> None:
-    for results in trained[:2]:
-        stopped = results["stopped", 2, 0]
-        assert stopped["ends"] == ["ended after step 3, with a checkpoint: its machine is taken away"]
-        assert stopped["steps"] == [2, 3]
-    weights = [(folder / name / "model.safetensors").read_bytes() for name in ("run-2", "stopped")]
-    assert weights[0] == weights[1]
+    for world_size, num_shards in ((2, 0), (3, 1)):  # a ring of three begins to add up a number at the place of it
+        for results in trained[:world_size]:
+            stopped = results["stopped", world_size, num_shards]
+            assert stopped["ends"] == ["ended after step 3, with a checkpoint: its machine is taken away"]
+            assert stopped["steps"] == [2, 3]
+        run, stopped = (folder / f"{name}-{world_size}" / "model.safetensors" for name in ("run", "stopped"))
+        assert run.read_bytes() == stopped.read_bytes(), world_size
 
 
 def test_groups_of_some_workers_wait_no_longer_than_the_recipe_says(trained: list[Results]) -> None:
