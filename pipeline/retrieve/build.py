@@ -261,7 +261,7 @@ class SegmentBuild:
         counts, hidden = Counter[str](), list[Ids]()
         order = np.load(self.output.path(f"{self.segment}/order.npy"), mmap_mode="r").view(np.ndarray)
         for repeats, firsts in repeated_positions(rows.ids, order):
-            uids = [rows.columns(positions).column("uid").to_pylist() for positions in (repeats, firsts)]
+            uids = [rows.columns(positions, ["uid"]).column("uid").to_pylist() for positions in (repeats, firsts)]
             same = sum(one == other for one, other in zip(*uids, strict=True))
             counts.update({"duplicate_uid": same, "id_collision": len(repeats) - same})
             hidden.append(repeats)

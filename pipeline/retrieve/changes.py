@@ -28,6 +28,8 @@ pc: Any = pyarrow.compute  # its functions are made when it is imported, and hav
 
 _SEGMENT = re.compile(r"segment_(\d{5})/")
 _BLOCK_ROWS = 65_536
+_ROWS_OF_A_URL = 8
+"""Rows that are compared with the URLs at once, for each URL: each comparison makes a table of all URLs anew."""
 
 Check = Callable[[], None]
 """Raises StepError if the workspace's lock was lost; called before each commit."""
@@ -175,22 +177,22 @@ def _finished(workspace: Workspace) -> list[Artifact]:
 def find_ids(index: Artifact, version: Version, names: Sequence[str]) -> tuple[Ids, tuple[str, ...]]:
     """The ids of the rows, deleted or not, whose uid or URL is named; and the names without a row.
 
-    Uids are found at once; for URLs, the column of all rows is read, batch by batch.
+    Uids are found at once; for URLs, the column of all rows is read, block by block.
     """
     ids, rest = set[int](), dict.fromkeys(names)
     for segment in version.segments:
         rows = open_rows(index, segment)
         for name, position in zip(list(rest), rows.positions(_ids_of(rest)).tolist(), strict=True):
-            if position >= 0 and rows.columns(np.array([position])).column("uid")[0].as_py() == name:
+            if position >= 0 and rows.columns(np.array([position]), ["uid"]).column("uid")[0].as_py() == name:
                 ids.add(row_id(name))
                 del rest[name]
     urls = pa.array(list(rest), pa.string())
     for segment in version.segments if len(urls) else ():
         rows = open_rows(index, segment)
-        for start, batch in rows.batches(["url"]):
-            places = pc.indices_nonzero(pc.is_in(batch.column("url"), value_set=urls)).to_numpy()
-            ids.update(rows.ids[start + places].tolist())
-            for url in pc.unique(batch.column("url").take(pa.array(places))).to_pylist():
+        for start, batch in rows.batches(["url"], max(_BLOCK_ROWS, _ROWS_OF_A_URL * len(urls))):
+            is_named = pc.is_in(batch.column("url"), value_set=urls)
+            ids.update(rows.ids[start + pc.indices_nonzero(is_named).to_numpy()].tolist())
+            for url in pc.unique(batch.column("url").filter(is_named)).to_pylist():
                 rest[url] = "found"
     unknown = tuple(name for name, state in rest.items() if state is None)
     return np.array(sorted(ids), np.int64), unknown

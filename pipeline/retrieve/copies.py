@@ -30,7 +30,7 @@ def near_copy_similarity(index: NeighbourIndex) -> float | None:
     similarities, neighbours = index.search(index.vectors(ids), _NUM_REQUESTED, "image")
     is_row = neighbours >= 0
     is_training = np.zeros(neighbours.shape, np.bool_)
-    is_training[is_row] = np.array(index.rows(neighbours[is_row]).column("split").to_pylist()) == "train"
+    is_training[is_row] = np.array(index.rows(neighbours[is_row], ["split"]).column("split").to_pylist()) == "train"
     nearest = np.where(is_training, similarities, -np.inf).max(axis=1)
     nearest = nearest[np.isfinite(nearest)]
     return float(np.quantile(nearest, QUANTILE)) if len(nearest) >= _MIN_ROWS else None

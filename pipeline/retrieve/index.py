@@ -3,7 +3,7 @@
 import functools
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -163,8 +163,17 @@ class NeighbourIndex:
             for number, score, (uid, *others) in zip(ids.tolist(), scores.tolist(), rows, strict=True)
         ]
 
-    def rows(self, ids: Sequence[int] | Ids) -> pa.Table:
+    @property
+    def column_names(self) -> frozenset[str]:
+        """The columns that the rows of every segment have."""
+        return frozenset.intersection(*(frozenset(segment.rows.column_names) for segment in self._segments))
+
+    def rows(self, ids: Sequence[int] | Ids, names: Collection[str] | None = None) -> pa.Table:
         """The columns of rows by id, in the order of ``ids``: uid, key, shard, url, caption, split and others.
+
+        Args:
+            ids: The rows.
+            names: The columns to read, those of them that there are; None: all.
 
         Raises:
             ValueError: If no search returns such a row.
@@ -172,10 +181,10 @@ class NeighbourIndex:
         numbers = np.asarray(ids, np.int64).reshape(-1)
         parts, places = list[pa.Table](), list[Ids]()
         for segment, chosen, positions in self._locate(numbers):
-            parts.append(segment.rows.columns(positions))
+            parts.append(segment.rows.columns(positions, names))
             places.append(chosen)
         if not parts:
-            return self._segments[0].rows.columns(numbers)
+            return self._segments[0].rows.columns(numbers, names)
         table = pa.concat_tables(parts, promote_options="default")
         order = np.argsort(np.concatenate(places))
         return table if (np.diff(order) == 1).all() else table.take(pa.array(order))

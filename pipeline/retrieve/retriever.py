@@ -185,17 +185,18 @@ class Retriever:
         Raises:
             DataError: If a table is damaged.
         """
-        rows = self.index.rows(ids)
+        of_index = self.index.column_names
+        rows = self.index.rows(ids, names if of_index.issuperset(names) else {*names, "shard", "key"})
         stored = [name for name in names if name not in rows.column_names]
         if not stored:
             return rows.select(list(names))
         shards, keys = (rows.column(name).to_pylist() for name in ("shard", "key"))
-        of_index = list(self.index.sources)
-        sources = self.index.sources_of(ids) if len(of_index) > 1 else np.zeros(len(ids), np.int64)
+        artifacts = list(self.index.sources)
+        sources = self.index.sources_of(ids) if len(artifacts) > 1 else np.zeros(len(ids), np.int64)
         parts, places = list[pa.Table](), list[int]()
         for source in np.unique(sources).tolist():
             own: list[int] = np.flatnonzero(sources == source).tolist()
-            columns = self._columns(of_index[source].uri)
+            columns = self._columns(artifacts[source].uri)
             present = [name for name in stored if name in columns.fields]
             source_rows = columns.take([shards[place] for place in own], [keys[place] for place in own], present)
             typed = {name: as_type(source_rows[name], self.fields[name]) for name in present}
@@ -221,7 +222,7 @@ class Retriever:
         """The ids of rows by their uids, (len(uids),); -1 where there is no such row."""
         ids = np.array([row_id(uid) for uid in uids], np.int64)
         places: list[int] = np.flatnonzero(self.index.has(ids)).tolist()
-        stored = self.index.rows(ids[places])["uid"].to_pylist() if places else []
+        stored = self.index.rows(ids[places], ["uid"])["uid"].to_pylist() if places else []
         right = [place for place, uid in zip(places, stored, strict=True) if uid == uids[place]]  # an id is a hash
         chosen = np.full(len(ids), -1, np.int64)
         chosen[right] = ids[right]

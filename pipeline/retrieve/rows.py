@@ -10,7 +10,7 @@ A position is the place of a row in its segment: 0 .. N - 1, in the order of the
 """
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,15 +100,21 @@ class Rows:
             for batch, offset in zip(batches, offsets, strict=True)
         ]
 
-    def columns(self, positions: Ids) -> pa.Table:
-        """The columns of rows, in the order of ``positions``: uid, key, shard, url, caption, split and others."""
+    def columns(self, positions: Ids, names: Collection[str] | None = None) -> pa.Table:
+        """The columns of rows, in the order of ``positions``: uid, key, shard, url, caption, split and others.
+
+        Args:
+            positions: The rows.
+            names: The columns to read, those of them that there are; None: all.
+        """
+        chosen = [name for name in self.column_names if names is None or name in names]
         if not len(positions):
-            return pa.Table.from_batches([self._batch(0).slice(0, 0)])
+            return pa.Table.from_batches([self._batch(0).slice(0, 0)]).select(chosen)
         order = np.argsort(positions, kind="stable")
         batches, offsets = np.divmod(positions[order], BATCH_ROWS)
         numbers, starts = np.unique(batches, return_index=True)
         parts = [
-            self._batch(int(number)).take(pa.array(rows))
+            self._batch(int(number)).select(chosen).take(pa.array(rows))
             for number, rows in zip(numbers, np.split(offsets, starts[1:]), strict=True)
         ]
         table = pa.Table.from_batches(parts)
@@ -116,10 +122,17 @@ class Rows:
         back[order] = np.arange(len(order))
         return table if len(parts) == 1 and (back == np.arange(len(back))).all() else table.take(pa.array(back))
 
-    def batches(self, names: list[str]) -> Iterator[tuple[int, pa.Table]]:
-        """All rows in order, batch by batch: the position of the first row, and the columns of ``names``."""
-        for number in range(-(-len(self) // BATCH_ROWS)):
-            yield number * BATCH_ROWS, pa.Table.from_batches([self._batch(number)]).select(names)
+    def batches(self, names: list[str], num_rows: int = BATCH_ROWS) -> Iterator[tuple[int, pa.Table]]:
+        """All rows in order, some at a time: the position of the first row, and the columns of ``names``.
+
+        Args:
+            names: The columns; they stay on the disk, mapped.
+            num_rows: About how many rows to give at once; batches are not cut.
+        """
+        num_batches, step = -(-len(self) // BATCH_ROWS), max(1, num_rows // BATCH_ROWS)
+        for first in range(0, num_batches, step):
+            batches = [self._batch(number) for number in range(first, min(first + step, num_batches))]
+            yield first * BATCH_ROWS, pa.Table.from_batches(batches).select(names)
 
     def sample(self, split: str, count: int, rng: np.random.Generator) -> Ids:
         """Ids of at most ``count`` rows of a split, from random batches, of which only some are read."""

@@ -145,6 +145,26 @@ def test_more_queries_than_fit_at_once_give_the_same_rows(
     assert search.search(queries, 5, conditions=wide) == together
 
 
+@pytest.mark.parametrize(
+    ("where", "read"), [("contains(caption, '7')", {"caption"}), ("width >= 512", {"shard", "key"})]
+)
+def test_a_filter_reads_its_own_columns_of_the_candidates(
+    where: str, read: set[str], search: Retriever, data: tuple[Artifact, Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conditions, columns, take = search.conditions(where), list[set[str]](), rows.Rows.columns
+
+    def note(self: rows.Rows, *arguments: Any) -> pa.Table:
+        table = take(self, *arguments)
+        columns.append(set(table.column_names))
+        return table
+
+    monkeypatch.setattr(rows.Rows, "columns", note)
+    [results] = search.search(_vectors(data)[:1], 5, conditions=conditions)
+    assert len(results.neighbours) == 5
+    assert columns
+    assert all(names == read for names in columns)
+
+
 def test_a_filter_by_an_unknown_column_lists_the_columns(search: Retriever) -> None:
     with pytest.raises(ConfigError, match=r"no column 'hight'; .*there are .*width"):
         search.conditions("hight > 3")

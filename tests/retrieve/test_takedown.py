@@ -4,16 +4,19 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute
 import pytest
 
 from pipeline.errors import ConfigError
 from pipeline.retrieve import NeighbourIndex
 from pipeline.retrieve.build import SegmentBuild, build_index
-from pipeline.retrieve.changes import delete, delete_everywhere, read_names, restore_everywhere
+from pipeline.retrieve.changes import delete, delete_everywhere, read_names, restore, restore_everywhere
 from pipeline.retrieve.takedown import Takedown
 from pipeline.workspace.forgotten import Forgotten
 from pipeline.workspace.manifest import Manifest
 from tests.retrieve.segments import CONFIG, append, commit_embed, compact, rows_of, uid_of
+
+pc: Any = pyarrow.compute  # its functions are made when it is imported
 
 
 def test_a_takedown_holds_in_every_index_of_the_workspace_and_in_those_that_are_built_later(index: Any) -> None:
@@ -94,6 +97,28 @@ def test_names_are_hashed_once_for_all_shards() -> None:
     for _ in range(3):
         assert takedown.has(rows).tolist() == [False, True, True, False]
     assert _Counted.num_hashes == 3
+
+
+def test_the_urls_of_a_deletion_are_made_a_table_once_for_many_batches_of_rows(
+    index: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a million URLs that takes longer than to look up 8,192 rows: for each batch it would be hours."""
+    output, _, _ = index
+    monkeypatch.setattr("pipeline.retrieve.rows.BATCH_ROWS", 5)
+    sizes, is_in = list[int](), pc.is_in
+
+    def counted(column: Any, **options: Any) -> Any:
+        sizes.append(len(column))
+        return is_in(column, **options)
+
+    monkeypatch.setattr(pc, "is_in", counted)
+    change = delete(output, ["http://a/23", "http://a/none", "http://a/4", "http://a/5"])
+    assert (change.changed, change.unknown, sizes) == (3, ("http://a/none",), [24])
+    sizes.clear()
+    monkeypatch.setattr("pipeline.retrieve.changes._BLOCK_ROWS", 10)
+    monkeypatch.setattr("pipeline.retrieve.changes._ROWS_OF_A_URL", 3)
+    assert restore(output, [f"http://a/{row}" for row in (4, 5, 6, 23)]).changed == 3
+    assert sizes == [10, 10, 4]  # batches that 12 rows hold whole
 
 
 def test_a_url_with_another_line_break_stays_deleted(tmp_path: Path) -> None:
