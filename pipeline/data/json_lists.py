@@ -21,6 +21,8 @@ from pipeline.errors import DataError
 Record = dict[str, Any]
 Numbered = tuple[int, Record]
 """Line or number of a record in its file, from 1, and the record."""
+Entry = Record | ValueError
+"""A record, or why there is none in its place."""
 _BLOCK_BYTES = 1 << 20
 _LONGEST_RECORD = 16 << 20
 _DECODER = json.JSONDecoder()
@@ -95,10 +97,12 @@ def json_records(stream: IO[bytes], reading: Reading) -> Iterator[Numbered]:
         value = parse_json(head + text.read())
     except ValueError as error:
         raise DataError(f"damaged, or not what its name says: {error}") from None
-    records = _records_of(value)
-    for number, record in enumerate(records, start=1):
+    for number, entry in enumerate(_entries_of(value), start=1):
         reading.at_line(number)
-        yield number, record
+        if isinstance(entry, ValueError):
+            reading.malformed(number, str(entry))
+        else:
+            yield number, entry
 
 
 class _Text:
@@ -325,31 +329,55 @@ def _is_record(line: str) -> bool:
         return False
 
 
-def _records_of(value: Any) -> list[Record]:
-    """The records of an object: COCO's, Karpathy's, one under the name ``data``, or pandas' columns."""
+def _entries_of(value: Any) -> list[Entry]:
+    """The records of an object: COCO's, Karpathy's, those under the name ``data``, or pandas' columns."""
     if not isinstance(value, dict):
         raise UnknownShapeError(f"must hold {_SHAPES}")
     tables = cast("Record", value)
-    images, annotations, data = (_records(tables.get(name)) for name in ("images", "annotations", "data"))
+    images, annotations, data = (_entries(tables, name) for name in ("images", "annotations", "data"))
     if images and annotations:
-        by_id = {_hashable(image.get("id")): image for image in images}
-        return [by_id.get(_hashable(one.get("image_id")), {}) | one for one in annotations]
-    if images and all("sentences" in image for image in images):
-        return [
-            image | {"file_name": image.get("filename"), "caption": caption}
-            for image in images
-            for caption in _sentences(image["sentences"])
-        ]
-    if data:
+        return _joined(images, annotations)
+    if any(isinstance(image, dict) and "sentences" in image for image in images):
+        return [entry for number, image in enumerate(images, start=1) for entry in _captioned(image, number)]
+    rows = _rows_of_columns(tables)
+    is_column = len(tables) > 1 and rows and any(isinstance(one, ValueError) for one in data)
+    if data and not is_column:
         return data
+    if rows:
+        return [*rows]
+    raise UnknownShapeError(f"must hold {_SHAPES}, or COCO's images and annotations")
+
+
+def _joined(images: list[Entry], annotations: list[Entry]) -> list[Entry]:
+    """COCO's annotations, each with the fields of its image; behind them the images that are no records."""
+    by_id = {_hashable(image.get("id")): image for image in images if isinstance(image, dict)}
+    joined = [
+        one if isinstance(one, ValueError) else by_id.get(_hashable(one.get("image_id")), {}) | one
+        for one in annotations
+    ]
+    return [*joined, *(image for image in images if isinstance(image, ValueError))]
+
+
+def _captioned(image: Entry, number: int) -> list[Entry]:
+    """One of Karpathy's images, by its number, with each of its captions."""
+    if isinstance(image, ValueError):
+        return [image]
+    if "sentences" not in image:
+        return [ValueError(f"entry {number} of images: no sentences")]
+    named = image | {"file_name": image.get("filename")}
+    return [named | {"caption": caption} for caption in _sentences(image["sentences"])]
+
+
+def _rows_of_columns(tables: Record) -> list[Record]:
+    """The rows of pandas' columns; none if the values are no columns of one length."""
     columns = {
         name: list(column.values()) if isinstance(column, dict) else column
         for name, column in tables.items()
         if isinstance(column, dict | list)
     }
-    if columns and len(columns) == len(tables) and len({len(column) for column in columns.values()}) == 1:
-        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    raise UnknownShapeError(f"must hold {_SHAPES}, or COCO's images and annotations")
+    if len(columns) < len(tables) or len({len(column) for column in columns.values()}) != 1:
+        return []
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _hashable(value: Any) -> Any:
@@ -363,7 +391,15 @@ def _sentences(value: Any) -> list[Any]:
     return [cast("Record", one).get("raw") if isinstance(one, dict) else one for one in sentences]
 
 
-def _records(value: Any) -> list[Record]:
-    """A list of records; empty if it is none."""
+def _entries(tables: Record, name: str) -> list[Entry]:
+    """A list of records by its name, with an error in the place of what is none; empty if none of it is a record."""
+    value = tables.get(name)
     rows = cast("list[Any]", value) if isinstance(value, list) else []
-    return cast("list[Record]", rows) if all(isinstance(row, dict) for row in rows) else []
+    if not any(isinstance(row, dict) for row in rows):
+        return []
+    return [
+        cast("Record", row)
+        if isinstance(row, dict)
+        else ValueError(f"entry {number} of {name}: no record, which begins with {{")
+        for number, row in enumerate(rows, start=1)
+    ]

@@ -422,6 +422,42 @@ def test_cocos_annotations_are_a_list_with_a_row_for_each_caption(tmp_path: Path
     assert pairs == [("http://c/b.jpg", "b one"), ("http://c/a.jpg", "a one"), ("http://c/b.jpg", "b two")]
 
 
+_KARPATHY = {"images": [{"url": "http://k/a.jpg", "sentences": [{"raw": "a one"}, {"raw": "a two"}]}]}
+_DATA = {"data": [{"url": "http://d/1", "caption": "one"}, {"url": "http://d/2", "caption": "two"}]}
+
+
+@pytest.mark.parametrize(
+    ("shape", "table", "entry", "place", "line", "reason"),
+    [
+        (_COCO, "annotations", None, 1, 2, "entry 2 of annotations: no record, which begins with {"),
+        (_COCO, "images", "c.jpg", 0, 4, "entry 1 of images: no record, which begins with {"),
+        (_KARPATHY, "images", [1], 0, 1, "entry 1 of images: no record, which begins with {"),
+        (_KARPATHY, "images", {"url": "http://k/b.jpg"}, 1, 3, "entry 2 of images: no sentences"),
+        (_DATA, "data", 7, 2, 3, "entry 3 of data: no record, which begins with {"),
+        (_DATA | {"version": 1}, "data", 7, 0, 1, "entry 1 of data: no record, which begins with {"),
+    ],
+)
+def test_an_entry_that_is_no_record_costs_itself_alone_in_every_shape(
+    shape: dict[str, Any], table: str, entry: Any, place: int, line: int, reason: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps(shape))
+    expected, _ = _rows(path)
+    entries = [*shape[table]]
+    entries.insert(place, entry)
+    path.write_text(json.dumps(shape | {table: entries}))
+    pairs, reading = _rows(path)
+    assert pairs == expected
+    assert reading.counts["malformed"] == 1
+    assert name_examples([reading]) == [f"{path}:{line}: {reason}"]
+
+
+def test_a_column_of_the_name_data_is_a_column(tmp_path: Path) -> None:
+    columns = {"url": ["http://a/1", "http://a/2"], "caption": ["one", "two"], "data": [{"n": 1}, None]}
+    (tmp_path / "list.json").write_text(json.dumps(columns))
+    assert _rows(tmp_path / "list.json")[0] == [("http://a/1", "one"), ("http://a/2", "two")]
+
+
 @pytest.mark.parametrize("indent", [None, 2])
 def test_json_of_every_shape_is_read(indent: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.data.json_lists._BLOCK_BYTES", 7)  # every record lies across blocks
