@@ -11,6 +11,8 @@ _PICTURES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"
 _BLOCK_BYTES = 512
 _SEARCH_BYTES = 1 << 16
 _END = bytes(_BLOCK_BYTES)
+AGAIN = "/"
+"""Begins the extension of a file whose name is in the tar a second time; no extension has this character."""
 
 Members = dict[str, dict[str, tuple[int, int]]]
 """Span of each file in a tar, (offset, size) in bytes, by key and by extension. In a name, half of a surrogate pair
@@ -46,7 +48,7 @@ def index_tar(path: Path, *, hint: str = "") -> Members:
                 return _index_any_tar(path, hint)
             last, size = _read_header(header, path, offset, hint)
             key, extension = _key_and_extension(last)
-            members.setdefault(key, {})[extension] = (offset + _BLOCK_BYTES, size)
+            _add(members.setdefault(key, {}), extension, (offset + _BLOCK_BYTES, size))
             offset += _BLOCK_BYTES + -(-size // _BLOCK_BYTES) * _BLOCK_BYTES
 
 
@@ -103,7 +105,7 @@ def find_in_tar(tar: Path | str, read: ReadBytes, num_bytes: int, key: str) -> d
         if stem > key:
             return files
         if stem == key:
-            files[extension] = (low + _BLOCK_BYTES, size)
+            _add(files, extension, (low + _BLOCK_BYTES, size))
         low += _BLOCK_BYTES + -(-size // _BLOCK_BYTES) * _BLOCK_BYTES
 
 
@@ -157,11 +159,17 @@ def _index_any_tar(path: Path, hint: str) -> Members:
     try:
         with tarfile.open(path, "r:", encoding="utf-8", errors="surrogateescape") as tar:
             for member in tar:
-                key, extension = _key_and_extension(member.name)
-                members.setdefault(key, {})[extension] = (member.offset_data, member.size)
+                if member.isfile():  # and no folder or link
+                    key, extension = _key_and_extension(member.name)
+                    _add(members.setdefault(key, {}), extension, (member.offset_data, member.size))
     except tarfile.TarError as error:
         raise DataError(f"{path}: damaged tar ({error}); {hint or repair_hint(path)}") from error
     return members
+
+
+def _add(files: dict[str, tuple[int, int]], extension: str, span: tuple[int, int]) -> None:
+    """Add a file to those of its key."""
+    files[f"{AGAIN}{extension}" if extension in files else extension] = span
 
 
 def _key_and_extension(name: str) -> tuple[str, str]:
@@ -176,7 +184,12 @@ def shown(name: str) -> str:
     return name.encode(errors="backslashreplace").decode()
 
 
+def pictures_of(files: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """The pictures among the files of a row; beside ``1.jpg``, a file such as ``1.depth.png`` is none."""
+    pictures = {name: span for name, span in files.items() if name.rpartition(".")[2].lower() in _PICTURES}
+    return {name: span for name, span in pictures.items() if "." not in name} or pictures
+
+
 def picture_span(files: Mapping[str, tuple[int, int]]) -> tuple[int, int] | None:
     """Offset and size of the picture among the files of a row, in bytes; None if it has none."""
-    spans = (span for extension, span in files.items() if extension.rpartition(".")[2].lower() in _PICTURES)
-    return next(spans, None)
+    return next(iter(pictures_of(files).values()), None)

@@ -12,7 +12,7 @@ from pipeline.data.json_lists import parse_json
 from pipeline.data.list_columns import CAPTION_COLUMNS
 from pipeline.data.reading import MAX_CELL, has_surrogates
 from pipeline.data.rows import make_uid
-from pipeline.data.tar_index import picture_span
+from pipeline.data.tar_index import AGAIN, pictures_of, shown
 
 Span = tuple[int, int]
 """Offset and size of a file in a tar, in bytes."""
@@ -48,11 +48,18 @@ def sample_of(key: str, files: Mapping[str, Span], read: Callable[[Span], bytes]
         read: Reads a file of the tar.
 
     Raises:
-        ValueError: If it cannot be used: it lacks a picture or a text, or one of them cannot be read.
+        ValueError: If it cannot be used: it lacks a picture or a text, or one of them cannot be read, or nothing says
+            which of several is meant.
     """
-    picture = picture_span(files)
-    if picture is None:
+    for name in files:
+        if name.startswith(AGAIN):
+            raise ValueError(f"two files of one name (.{shown(name.removeprefix(AGAIN))})")
+    pictures = pictures_of(files)
+    if not pictures:
         raise ValueError("no picture")
+    if len(pictures) > 1:
+        raise ValueError(f"several pictures ({', '.join(f'.{shown(name)}' for name in pictures)})")
+    [picture] = pictures.values()
     if has_surrogates(key):
         raise ValueError("a name that is not UTF-8")
     record = _record(files, read)

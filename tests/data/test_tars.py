@@ -130,6 +130,8 @@ def test_samples_without_a_url_keep_their_uids_wherever_their_tar_lies(tmp_path:
         ({"9.JPG": make_picture(9), "9.JSON": b'{"caption": "large letters"}'}, "large letters"),
         ({"9.jpg": make_picture(9), "9.json": b"[[0, 1, 2, 3]]", "9.txt": b"with boxes"}, "with boxes"),
         ({"9 .jpg": make_picture(9), "9 .txt": b"a key with a space"}, "a key with a space"),
+        ({"9.depth.png": b"", "9.jpg": make_picture(9), "9.txt": b"with depth"}, "with depth"),
+        ({"9.left.jpg": make_picture(9), "9.txt": b"the one picture"}, "the one picture"),
         ({"9.jpg": make_picture(9), "9.json": b'{"url": " \\u00a0http://a/9 \\n", "uid": [1]}'}, ""),
     ],
 )
@@ -154,6 +156,8 @@ def test_what_is_taken_in_can_be_read(files: Files, caption: str, tmp_path: Path
         ({"9.jpg": b"", "9.json": b"[" * 100_000}, "key 9: nested too deeply"),
         ({"9.jpg": b"", "9.cls": b"7"}, "key 9: no text: neither .txt nor a record in .json"),
         ({"9.jpg": b"", "9.json": b"[1]"}, "key 9: no text: neither .txt nor a record in .json"),
+        ({"9.jpg": b"", "9.png": b"", "9.txt": b""}, r"key 9: several pictures \(\.jpg, \.png\)"),
+        ({"9.a.jpg": b"", "9.b.JPG": b"", "9.txt": b""}, r"key 9: several pictures \(\.a\.jpg, \.b\.JPG\)"),
         ({"9\udce9.jpg": b"", "9\udce9.txt": b""}, r"key 9\\udce9: a name that is not UTF-8"),
     ],
 )
@@ -170,6 +174,35 @@ def test_a_strange_sample_is_counted_and_the_others_are_read(files: Files, reaso
     assert take_in(str(tmp_path / "in/0.tar"), part, "00000", shards).counts == {"in": 2, "ok": 2}
     good, pictures = good_samples(shards.path("00000.tar"), shards.path("00000.parquet"), "00000")
     assert [pictures.read(row["key"], row["uid"]) for row in good.to_pylist()] == [make_picture(1), make_picture(2)]
+
+
+@pytest.mark.parametrize("layout", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("name", ["9.jpg", "9.txt", "9"])
+def test_a_file_that_is_in_a_tar_twice_costs_its_sample(name: str, layout: int, tmp_path: Path) -> None:
+    sample, long_name = {"9.jpg": make_picture(9), "9.txt": b"text", "9": b""}, {"x" * 200 + ".cls": b""}
+    tar = tmp_path / "in/0.tar"
+    _write_tar(tar, _img2dataset(1) | sample | (long_name if layout == tarfile.PAX_FORMAT else {}), layout)
+    with tarfile.open(tar, "a", format=layout) as stream:
+        stream.addfile(tarfile.TarInfo(name))
+    output = Artifact(str(tmp_path / "pairs"))
+    summary = write_pairs(Source(PairsConfig(source="shards", path=str(tmp_path / "in"))), output)
+    assert Pairs(output).part("00000")["key"].to_pylist() == ["000000001"]
+    reasons = [example.partition(": ")[2] for example in summary.metrics["malformed_rows"]]
+    assert f"key 9: two files of one name (.{name[2:]})" in reasons
+
+
+def test_folders_and_links_in_a_tar_are_no_samples(tmp_path: Path) -> None:
+    tar = tmp_path / "in/0.tar"
+    _write_tar(tar, {f"train/{name}": data for name, data in _img2dataset(1).items()})
+    with tarfile.open(tar, "a") as stream:
+        for name, kind in (("train", tarfile.DIRTYPE), ("train/000000001", tarfile.DIRTYPE), ("a", tarfile.SYMTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type = kind
+            stream.addfile(member)
+    _, shards, counts = _make(tmp_path / "in", tmp_path / "out")
+    assert counts == {"in": 1, "ok": 1}
+    samples, _ = good_samples(shards.path("00000.tar"), shards.path("00000.parquet"), "00000")
+    assert samples["key"].to_pylist() == ["train/000000001"]
 
 
 def test_repeated_pairs_stay_in_the_tar_and_are_no_rows(tmp_path: Path) -> None:
