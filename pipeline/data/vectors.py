@@ -59,7 +59,8 @@ def to_numpy(column: pa.ChunkedArray) -> NDArray[np.float16]:
 def to_unit(vectors: NDArray[np.float16]) -> NDArray[np.float32]:
     """Rows (N, D) as float32, normalised to length one, because float16 changes the length by up to 1e-3."""
     rows = vectors.astype(np.float32)
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    rows /= np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    return rows
 
 
 def write_embeddings(tables: Iterable[pa.Table], path: Path, schema: pa.Schema) -> None:

@@ -1,6 +1,7 @@
 """One segment of an index: rows that were built together, and never change."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,7 +18,10 @@ from pipeline.workspace.store import Artifact
 Modality = Literal["image", "text"]
 MODALITIES: tuple[Modality, ...] = ("image", "text")
 _RERANKED_AT_ONCE = 8192
-"""Candidates of several queries whose vectors are read together: a store answers many requests at a time."""
+"""Candidates whose vectors are read together, of several queries or of one: 60 MB at D = 768. A store answers many
+requests at a time."""
+_CANDIDATES_AT_ONCE = 1 << 22
+"""Candidates of several queries that are compared together; a query alone may have more."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,11 @@ class Segment:
         """Search until each query has k rows: those of deleted rows, and of lists with few rows, are searched again."""
         searcher = self.sides[modality].searcher
         count, effort = min(count, len(self.rows)), min(effort, searcher.max_effort)
+        at_once = max(1, _CANDIDATES_AT_ONCE // max(1, count))
+        if len(queries) > at_once:
+            parts = [queries[start : start + at_once] for start in range(0, len(queries), at_once)]
+            answers = [self._search(part, k, modality, effort, count) for part in parts]
+            return np.concatenate([one for one, _ in answers]), np.concatenate([one for _, one in answers])
         scores, positions = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1, np.int64)
         if not count:
             return scores, positions
@@ -100,14 +109,16 @@ class Segment:
         return scores, positions
 
     def _exact(self, queries: Floats, candidates: Ids, is_row: Any, modality: Modality) -> Floats:
+        """The exact similarities of the candidates (Q, C) that are rows."""
         near = np.empty(candidates.shape, np.float32)
-        at_once = max(1, _RERANKED_AT_ONCE // candidates.shape[1])
-        for start in range(0, len(queries), at_once):
-            some = slice(start, start + at_once)
+        width = min(candidates.shape[1], _RERANKED_AT_ONCE)
+        at_once = _RERANKED_AT_ONCE // width
+        for start, first in itertools.product(range(0, len(queries), at_once), range(0, candidates.shape[1], width)):
+            some = np.s_[start : start + at_once, first : first + width]
             vectors = self.rows.vectors(candidates[some][is_row[some]], f"z_{modality}")
             ends = np.cumsum(is_row[some].sum(axis=1))
-            for number, own in enumerate(np.split(vectors, ends[:-1]), start):
-                near[number, is_row[number]] = own @ queries[number]
+            for number, own in enumerate(np.split(vectors, ends[:-1])):
+                near[some][number, is_row[some][number]] = own @ queries[start + number]
         return near
 
 

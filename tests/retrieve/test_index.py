@@ -12,9 +12,10 @@ from pipeline.data.rows import make_uid, row_id
 from pipeline.data.vectors import ROW_GROUP_ROWS
 from pipeline.errors import DataError
 from pipeline.recipe.sections import IndexConfig
-from pipeline.retrieve import NeighbourIndex, kinds
+from pipeline.retrieve import NeighbourIndex, kinds, segment
 from pipeline.retrieve.build import build_index, kinds_left_out, kinds_to_try
 from pipeline.retrieve.efforts import Effort, effort_for
+from pipeline.retrieve.rows import Rows
 from pipeline.retrieve.tune import _Measurement
 from pipeline.retrieve.tune import tune as tune_index
 from pipeline.workspace.store import Artifact, Workspace
@@ -62,6 +63,35 @@ def test_any_k_gives_k_rows(kind: str, embed: Artifact, build: Build) -> None:
     assert (ids[:, -5:] == -1).all()
     assert np.isneginf(scores[:, -5:]).all()
     assert len(index.find(stored(embed)[:1], NUM_ROWS + 5)[0]) == NUM_ROWS
+
+
+@pytest.mark.parametrize("kind", ["ivf_sq8", "flat"])
+def test_the_candidates_of_a_search_are_compared_in_parts(
+    kind: str, embed: Artifact, build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A query alone may have millions of candidates, whose vectors are tens of gigabytes."""
+    index, queries = NeighbourIndex.open(build(_config(kind))), stored(embed)[:7]
+    whole, num_vectors, searches = index.search(queries, 500), [0], list[tuple[int, int]]()
+    read, search = Rows.vectors, kinds.Searcher.search
+
+    def read_some(self: Rows, positions: Any, column: str) -> Any:
+        num_vectors.append(len(positions))
+        return read(self, positions, column)
+
+    def search_some(self: kinds.Searcher, some: Any, count: int, effort: int) -> Any:
+        searches.append((len(some), count))
+        return search(self, some, count, effort)
+
+    monkeypatch.setattr(Rows, "vectors", read_some)
+    monkeypatch.setattr(kinds.Searcher, "search", search_some)
+    monkeypatch.setattr(segment, "_RERANKED_AT_ONCE", 64)
+    monkeypatch.setattr(segment, "_CANDIDATES_AT_ONCE", 1100)
+    scores, ids = index.search(queries, 500)
+    np.testing.assert_allclose(scores, whole[0], atol=1e-6)
+    np.testing.assert_array_equal(ids, whole[1])
+    assert max(num_vectors) == (0 if kind == "flat" else 64)
+    assert sum(num_queries for num_queries, _ in searches) == len(queries)
+    assert all(num_queries == 1 or num_queries * count <= 1100 for num_queries, count in searches)
 
 
 def test_k_above_10_reaches_the_target_on_random_vectors(tmp_path: Path) -> None:
