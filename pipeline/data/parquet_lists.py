@@ -1,10 +1,9 @@
 """Lists in Parquet: only the named columns are read, row group by row group.
 
-A row whose URL or caption is not UTF-8, or too large, is counted with its number and left out.
+A row whose URL or caption is too large, or of which a cell is not UTF-8, is counted with its number and left out.
 """
 
 import contextlib
-import functools
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -77,17 +76,16 @@ def parquet_tables(
             table = pa.Table.from_batches([batch.slice(0, num_rows)]).replace_schema_metadata(None)
             texts = [_text_column(table.column(url), url)]
             texts.append(_text_column(table.column(caption), caption) if caption else pa.nulls(len(table), pa.string()))
-            is_bad = functools.reduce(pc.or_, [_is_bad(column) for column in texts])
-            result = pa.table(
-                [*texts, *(table.column(name) for name in others)],
-                names=["url", "caption", *columns.extra],
-            )
-            if pc.any(is_bad).as_py():
-                for number in pc.indices_nonzero(is_bad).to_pylist():
-                    reading.leave_out(
-                        row + number + 1, f"a URL or caption that is not UTF-8, or above {MAX_CELL} bytes"
-                    )
-                result = result.filter(pc.invert(is_bad))
+            extra = [_decoded(table.column(name)) for name in others]
+            result = pa.table([*texts, *extra], names=["url", "caption", *columns.extra])
+            fault = f"a URL or caption that is not UTF-8, or above {MAX_CELL} bytes"
+            bad_rows = {number: fault for column in texts for number in _bad_rows(column)}
+            for name, column in zip(others, extra, strict=True):
+                bad_rows = dict.fromkeys(_not_utf8(column), f"column {name} is not UTF-8") | bad_rows
+            if bad_rows:
+                for number, reason in bad_rows.items():
+                    reading.leave_out(row + number + 1, reason)
+                result = result.filter(pa.array([number not in bad_rows for number in range(num_rows)]))
             row += num_rows
             reading.at_line(row)
             yield result
@@ -117,21 +115,37 @@ def _text_column(column: Any, name: str) -> Any:
     return column.cast(pa.string(), safe=False)
 
 
-def _is_bad(column: Any) -> Any:
-    """Which cells are too large, or are not UTF-8."""
-    is_large = pc.fill_null(pc.greater(pc.binary_length(column), MAX_CELL), False)
+def _decoded(column: Any) -> Any:
+    """A column beside URL and caption, bytes as text; its cells may still be invalid UTF-8."""
+    kind = column.type
+    if pa.types.is_dictionary(kind) and _is_bytes(kind.value_type):
+        column, kind = column.cast(kind.value_type), kind.value_type
+    return column.cast(pa.binary()).cast(pa.string(), safe=False) if _is_bytes(kind) else column
+
+
+def _is_bytes(kind: Any) -> bool:
+    tests = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
+    return any(test(kind) for test in tests)
+
+
+def _bad_rows(column: Any) -> list[int]:
+    """Rows whose text is too large, or is not UTF-8."""
+    is_large = pc.greater(pc.binary_length(column), MAX_CELL)
+    return [*pc.indices_nonzero(is_large).to_pylist(), *_not_utf8(column)]
+
+
+def _not_utf8(column: Any) -> list[int]:
+    """Rows whose cell holds text that is not UTF-8, also inside of a list or a record."""
     try:
-        for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
-            chunk.validate(full=True)
+        column.validate(full=True)
     except pa.ArrowInvalid:
-        cells = column.cast(pa.binary(), safe=False).to_pylist()
-        return pc.or_(is_large, pa.array([cell is not None and not _is_utf8(cell) for cell in cells]))
-    return is_large
+        return [row for row, cell in enumerate(column) if not _is_readable(cell)]
+    return []
 
 
-def _is_utf8(cell: bytes) -> bool:
+def _is_readable(cell: Any) -> bool:
     try:
-        cell.decode()
+        cell.as_py()
     except UnicodeDecodeError:
         return False
     return True

@@ -16,9 +16,14 @@ from hypothesis import strategies as st
 
 from pipeline.data.list_columns import ListColumns
 from pipeline.data.lists import BATCH_ROWS, Span, list_columns, list_files, list_spans, read_span
+from pipeline.data.make_pairs import write_pairs
+from pipeline.data.pairs import Pairs
 from pipeline.data.reading import MAX_CELL, Reading, name_examples
+from pipeline.data.sources import Source
 from pipeline.errors import DataError
+from pipeline.recipe.pairs_sections import PairsConfig
 from pipeline.workspace.files import find_files
+from pipeline.workspace.store import Artifact
 
 _TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r"), max_size=20)
 _CELL = _TEXT | st.sampled_from(
@@ -242,6 +247,36 @@ def test_a_strange_cell_of_parquet_is_counted_with_its_row(name: str, tmp_path: 
     assert pairs == [("http://a/1", "fine")]
     assert reading.counts["malformed"] == 1
     assert name_examples([reading])[0].startswith(f"{tmp_path}/list.parquet:2: ")
+
+
+def _not_utf8(*cells: bytes) -> pa.Array:
+    """A column of texts whose bytes nobody has looked at."""
+    return pa.Array.from_buffers(pa.string(), len(cells), pa.array(cells, pa.binary()).buffers())
+
+
+_EXTRA_COLUMNS: dict[str, pa.Array] = {
+    "bytes": pa.array([b"UNLIKELY", b"caf\xe9", b"NSFW"], pa.binary()),
+    "many bytes": pa.array([b"UNLIKELY", b"caf\xe9", b"NSFW"], pa.large_binary()),
+    "bytes of one size": pa.array([b"UNLIKELY", b"caf\xe9    ", b"    NSFW"], pa.binary(8)),
+    "texts": _not_utf8(b"UNLIKELY", b"caf\xe9", b"NSFW"),
+    "a dictionary": pa.array([b"UNLIKELY", b"caf\xe9", b"NSFW"], pa.binary()).dictionary_encode(),
+    "lists": pa.ListArray.from_arrays([0, 1, 3, 4], _not_utf8(b"UNLIKELY", b"a", b"caf\xe9", b"NSFW")),
+}
+
+
+@pytest.mark.parametrize("name", _EXTRA_COLUMNS)
+def test_a_cell_that_is_no_utf8_in_any_column_of_parquet_costs_its_row_alone(name: str, tmp_path: Path) -> None:
+    urls = [f"http://a/{number}" for number in range(3)]
+    table = pa.table({"url": urls, "caption": list("abc"), "nsfw": _EXTRA_COLUMNS[name]})
+    pq.write_table(table, tmp_path / "list.parquet")
+    output = Artifact(str(tmp_path / "pairs"))
+    source = Source(PairsConfig(source="list", path=str(tmp_path / "list.parquet")), extra_columns=("nsfw",))
+    summary = write_pairs(source, output)
+    assert summary.counts == {"in": 3, "ok": 2, "malformed": 1}
+    assert summary.metrics["malformed_rows"] == [f"{tmp_path}/list.parquet:2: column nsfw is not UTF-8"]
+    rows = Pairs(output).read(0, 2, ["url", "nsfw"]).to_pylist()
+    texts = ['["UNLIKELY"]', '["NSFW"]'] if name == "lists" else ["UNLIKELY", "NSFW"]
+    assert [(row["url"], row["nsfw"].strip()) for row in rows] == [(urls[0], texts[0]), (urls[2], texts[1])]
 
 
 @pytest.mark.parametrize(
