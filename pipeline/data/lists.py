@@ -29,6 +29,10 @@ from pipeline.workspace.files import UserFile, find_files, open_file
 BATCH_ROWS = 10_000
 FORMATS = ("parquet", "csv", "tsv", "jsonl", "ndjson", "json", "txt")
 COMPRESSIONS = ("gz", "zst")
+_OTHER_COMPRESSIONS = frozenset(
+    {"7z", "br", "bz2", "gzip", "lz", "lz4", "lzma", "lzo", "snappy", "sz", "xz", "z", "zip", "zstd"}
+)
+"""Suffixes of compressed files that are not read."""
 _CUT_AT_LINES = frozenset({"tsv", "jsonl", "ndjson", "txt"})
 _SAMPLE_BYTES = 8 << 20
 _FILES_TO_COUNT = 16
@@ -63,7 +67,7 @@ def list_files(path: str) -> list[UserFile]:
 
     Raises:
         DataError: If there is none of a known format, or if they are of several formats, or if one is lost: a link
-            that leads to no file.
+            that leads to no file, or a file of a known format in a compression that is not read.
     """
     dead_links = list[str]()
     files = find_files(path, dead_links)
@@ -73,6 +77,13 @@ def list_files(path: str) -> list[UserFile]:
     readable = [file for file in files if format_of(file.uri) in FORMATS]
     if not readable:
         raise DataError(f"{path}: not a list that unclip reads ({', '.join(FORMATS)}; each but parquet also .gz, .zst)")
+    unread = [file.uri for file in files if _is_compressed_otherwise(file.uri)]
+    if unread:
+        raise DataError(
+            f"{path}: {len(unread)} of its files have a compression that unclip does not read, such as {unread[0]}: "
+            "compress them with gzip (.gz) or zstd (.zst), or name the other files by a pattern, such as "
+            f"*.{format_of(readable[0].uri)}"
+        )
     kinds = sorted({format_of(file.uri) for file in readable})
     if len(kinds) > 1:
         counts = ", ".join(f"{sum(format_of(file.uri) == kind for file in readable)} {kind}" for kind in kinds)
@@ -407,6 +418,11 @@ def _as_text(value: Any) -> str | None:
 
 def _record_names(records: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(name for record in records for name in record))
+
+
+def _is_compressed_otherwise(uri: str) -> bool:
+    *_, kind, compression = ["", "", *_suffixes(uri)]
+    return kind in FORMATS and compression in _OTHER_COMPRESSIONS
 
 
 def _suffixes(uri: str) -> list[str]:

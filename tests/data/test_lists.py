@@ -441,6 +441,18 @@ def test_row_groups_of_a_large_parquet_file_are_spans(tmp_path: Path) -> None:
     assert pairs == urls
 
 
+@pytest.mark.parametrize("suffix", ["bz2", "xz", "ZIP"])
+def test_a_part_in_a_compression_that_is_not_read_is_named(suffix: str, tmp_path: Path) -> None:
+    (tmp_path / "1.csv").write_text("url,caption\nhttp://a/1,one\n")
+    (tmp_path / "1.csv.md5").write_text("0")
+    (tmp_path / f"notes.{suffix}").write_bytes(b"")
+    assert [file.uri for file in list_files(str(tmp_path))] == [f"{tmp_path}/1.csv"]
+    (tmp_path / f"7.csv.{suffix}").write_bytes(b"")
+    with pytest.raises(DataError, match=rf"1 of its files have a compression .* such as .*/7\.csv\.{suffix}: .*\.gz"):
+        list_files(str(tmp_path))
+    assert len(list_files(f"{tmp_path}/*.csv")) == 1
+
+
 def test_a_csv_and_a_compressed_file_are_not_cut(tmp_path: Path) -> None:
     text = "url,caption\n" + "".join(f"http://a/{number},c\n" for number in range(100))
     (tmp_path / "list.csv").write_text(text)
