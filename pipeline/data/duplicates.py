@@ -4,7 +4,7 @@ A run holds the uids of up to ``RUN_ROWS`` rows with their positions, sorted by 
 first ten bits: one span of every run. Equal uids are in one bucket, so buckets are compared one by one.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,58 +20,77 @@ _BUCKET_BITS = 10
 _NUM_BUCKETS = 1 << _BUCKET_BITS
 _ROW_BITS = 40
 _ENTRY = np.dtype([("high", ">u8"), ("low", ">u8"), ("position", "<u8")])
+_BOUND = np.dtype("<i8")
 
 Positions = NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run of a file of runs."""
+class Runs:
+    """A file of runs: their entries, then the bounds of each run, then the number of runs."""
 
-    first: int
-    """Its first entry in the file."""
-    bounds: tuple[int, ...]
-    """First entry of each bucket, counted inside the run; the last number is the run's length."""
+    path: Path
+    """The file."""
+    bounds: NDArray[np.int64]
+    """(R, buckets + 1): the entry of the file with which each bucket of each run begins; the last one ends the run."""
+
+    @classmethod
+    def of(cls, path: Path) -> "Runs":
+        """The runs of a file of ``RunWriter``."""
+        num_bytes, of_run = path.stat().st_size, _NUM_BUCKETS + 1
+        [num_runs] = np.fromfile(path, dtype=_BOUND, offset=num_bytes - _BOUND.itemsize).tolist()
+        start = num_bytes - (num_runs * of_run + 1) * _BOUND.itemsize
+        return cls(path, np.fromfile(path, dtype=_BOUND, count=num_runs * of_run, offset=start).reshape(-1, of_run))
 
 
 class RunWriter:
-    """Writes the runs of one piece.
+    """Writes the runs of some pieces into one file; ``close`` ends it.
 
     Args:
         stream: File to write.
-        piece: Number of the piece, which is part of every position.
     """
 
-    def __init__(self, stream: BinaryIO, piece: int) -> None:
+    def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
+        self._next = 0
+        self._uids: list[bytes] = []
+        self._positions: list[Positions] = []
+        self._num_written = 0
+        self._bounds: list[NDArray[np.int64]] = []
+
+    def begin(self, piece: int) -> None:
+        """The rows of a piece come next; its number is a part of their positions."""
         self._next = piece << _ROW_BITS
-        self._waiting: list[bytes] = []
-        self._written = 0
-        self.runs: list[Run] = []
 
-    def add(self, uids: Iterable[bytes]) -> None:
+    def add(self, uids: Sequence[bytes]) -> None:
         """Add the uids (16 bytes each) of the next rows of the piece."""
-        self._waiting.extend(uids)
-        if len(self._waiting) >= RUN_ROWS:
-            self.flush()
+        self._uids += uids
+        self._positions.append(np.arange(self._next, self._next + len(uids), dtype=np.uint64))
+        self._next += len(uids)
+        if len(self._uids) >= RUN_ROWS:
+            self._flush()
 
-    def flush(self) -> None:
-        """Write the last run."""
-        if not self._waiting:
+    def close(self) -> None:
+        """Write the last run and the bounds of all."""
+        self._flush()
+        for bounds in self._bounds:
+            bounds.astype(_BOUND).tofile(self._stream)
+        np.array([len(self._bounds)], dtype=_BOUND).tofile(self._stream)
+
+    def _flush(self) -> None:
+        if not self._uids:
             return
-        halves = np.frombuffer(b"".join(self._waiting), dtype=">u8").reshape(-1, 2)
+        halves = np.frombuffer(b"".join(self._uids), dtype=">u8").reshape(-1, 2)
         entries = np.empty(len(halves), dtype=_ENTRY)
         entries["high"], entries["low"] = halves[:, 0], halves[:, 1]
-        entries["position"] = np.arange(self._next, self._next + len(halves), dtype=np.uint64)
+        entries["position"] = np.concatenate(self._positions)
         high = halves[:, 0].astype(np.uint64)
         order = np.argsort(high, kind="stable")
         entries[order].tofile(self._stream)
         first_bits = np.arange(_NUM_BUCKETS, dtype=np.uint64) << np.uint64(64 - _BUCKET_BITS)
-        bounds = [*np.searchsorted(high[order], first_bits).tolist(), len(halves)]
-        self.runs.append(Run(self._written, tuple(bounds)))
-        self._written += len(halves)
-        self._next += len(halves)
-        self._waiting = []
+        self._bounds.append(self._num_written + np.append(np.searchsorted(high[order], first_bits), len(halves)))
+        self._num_written += len(halves)
+        self._uids, self._positions = [], []
 
 
 def bucket_groups(num_rows: int) -> list[tuple[int, int]]:
@@ -80,28 +99,24 @@ def bucket_groups(num_rows: int) -> list[tuple[int, int]]:
     return [(first, min(_NUM_BUCKETS, first + width)) for first in range(0, _NUM_BUCKETS, width)]
 
 
-def count_rows(files: Iterable[tuple[Path, Sequence[Run]]], buckets: tuple[int, int]) -> int:
+def count_rows(files: Sequence[Runs], buckets: tuple[int, int]) -> int:
     """Number of rows in a range [first, end) of buckets of all files of runs."""
     first, end = buckets
-    return sum(run.bounds[end] - run.bounds[first] for _, runs in files for run in runs)
+    return sum(int((runs.bounds[:, end] - runs.bounds[:, first]).sum()) for runs in files)
 
 
-def repeated_positions(files: Sequence[tuple[Path, Sequence[Run]]], buckets: tuple[int, int]) -> Positions:
+def repeated_positions(files: Sequence[Runs], buckets: tuple[int, int]) -> Positions:
     """Positions, sorted, of the rows in a range of buckets whose uid an earlier row has.
 
     Args:
-        files: Files of runs in the order of their pieces, each with its runs.
+        files: Files of runs in the order of their pieces.
         buckets: The range [first, end).
     """
+    spans = [(runs.path, start, stop) for runs in files for start, stop in runs.bounds[:, list(buckets)].tolist()]
     parts = [
-        np.fromfile(
-            path,
-            dtype=_ENTRY,
-            count=run.bounds[buckets[1]] - run.bounds[buckets[0]],
-            offset=(run.first + run.bounds[buckets[0]]) * _ENTRY.itemsize,
-        )
-        for path, runs in files
-        for run in runs
+        np.fromfile(path, dtype=_ENTRY, count=stop - start, offset=start * _ENTRY.itemsize)
+        for path, start, stop in spans
+        if stop > start
     ]
     entries = np.concatenate([np.empty(0, dtype=_ENTRY), *parts])
     if not len(entries):
@@ -117,7 +132,38 @@ def repeated_positions(files: Sequence[tuple[Path, Sequence[Run]]], buckets: tup
     return np.sort(candidates["position"][1:][repeats].astype(np.uint64))
 
 
+def gather_positions(files: Sequence[Path], num_pieces: int, path: Path) -> int:
+    """Write the positions of several files into one, in which those of a piece stand together.
+
+    Args:
+        files: ``.npy`` files of sorted positions, of which one at a time is in memory.
+        num_pieces: Number of pieces.
+        path: File to write, as NumPy's ``.npy``.
+
+    Returns:
+        Number of positions.
+    """
+    counts = np.zeros(num_pieces, dtype=np.int64)
+    for file in files:
+        counts += np.bincount(_pieces_of(np.load(file)), minlength=num_pieces)
+    starts, total = np.cumsum(counts) - counts, int(counts.sum())
+    gathered = np.lib.format.open_memmap(path, "w+", np.uint64, (total,))
+    for file in files:
+        positions = np.load(file)
+        pieces = _pieces_of(positions)
+        numbers = np.arange(len(pieces)) - np.searchsorted(pieces, pieces)  # of each among those of its piece
+        gathered[starts[pieces] + numbers] = positions
+        starts += np.bincount(pieces, minlength=num_pieces)
+    gathered.flush()
+    return total
+
+
 def rows_of_piece(positions: Positions, piece: int) -> NDArray[np.int64]:
-    """Row numbers, inside a piece, of those positions that belong to it."""
+    """Row numbers, inside a piece, of those positions that belong to it, sorted; they stand together."""
     low, high = np.searchsorted(positions, np.array([piece << _ROW_BITS, (piece + 1) << _ROW_BITS], dtype=np.uint64))
-    return (positions[low:high] & np.uint64((1 << _ROW_BITS) - 1)).astype(np.int64)
+    return np.sort(positions[low:high] & np.uint64((1 << _ROW_BITS) - 1)).astype(np.int64)
+
+
+def _pieces_of(positions: Positions) -> NDArray[np.int64]:
+    """The number of the piece of each position."""
+    return (positions >> np.uint64(_ROW_BITS)).astype(np.int64)

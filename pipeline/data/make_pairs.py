@@ -1,22 +1,26 @@
 """The pairs step: converts any source of captioned pictures to one list of (uid, url, caption, split).
 
-It has three phases of independent tasks. Each task is committed with a record of its own, so that several workers share
+It has four phases of independent tasks. Each task is committed with a record of its own, so that several workers share
 a phase, and a run that was killed repeats only the tasks under way:
 
-1. ``live/read/NNNNN`` reads one piece of the source and writes its rows, and its uids as sorted runs.
+1. ``live/rows/NNNNN`` reads one piece of the source, or several, from NNNNN on, if there are more than ``MOST_READS``;
+   it writes the rows of each, and the uids of all as sorted runs.
 2. ``live/compare/AAA-BBB`` finds the repeated uids in a range of buckets.
-3. ``NNNNN`` writes a part: the rows of a piece without the repeated ones.
+3. ``live/repeats`` puts what was found into one file, piece by piece.
+4. ``NNNNN`` writes a part: the rows of a piece without the repeated ones.
 
-No task holds more than a batch of rows, or about a million uids (docs/formats.md describes the files).
+No task holds more than a batch of rows, or about a million uids, and a few numbers for each piece (docs/formats.md
+describes the files). Each piece is a few requests of an object store, whatever their number.
 """
 
 import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from pathlib import Path
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -26,7 +30,16 @@ import pyarrow.parquet as pq
 
 from pipeline.data.blank import blank_rows, num_blank
 from pipeline.data.captions import MOST_CAPTIONS, count_long
-from pipeline.data.duplicates import Run, RunWriter, bucket_groups, count_rows, repeated_positions, rows_of_piece
+from pipeline.data.duplicates import (
+    Positions,
+    Runs,
+    RunWriter,
+    bucket_groups,
+    count_rows,
+    gather_positions,
+    repeated_positions,
+    rows_of_piece,
+)
 from pipeline.data.lists import Span
 from pipeline.data.pairs import ROW_GROUP_ROWS, Part, cast_column, plain_type, write_index
 from pipeline.data.reading import Reading, name_examples
@@ -39,7 +52,11 @@ from pipeline.workspace.manifest import ShardRecord, add_counts
 from pipeline.workspace.store import LIVE, Artifact
 
 pc: Any = pyarrow.compute  # its functions are made when it is imported
-READ, COMPARE = f"{LIVE}read/", f"{LIVE}compare/"
+READ, COMPARE, REPEATS = f"{LIVE}rows/", f"{LIVE}compare/", f"{LIVE}repeats"
+MOST_READS = 1024
+"""Most tasks that read one list: so few files of runs are compared, however many tars there are."""
+_FETCHES = 8
+"""Files of runs that come at once."""
 _PIECES = f"{LIVE}pieces.json"
 OnRows = Callable[[int], None]
 
@@ -71,7 +88,9 @@ class PairsMaker:
             output.write_json(_PIECES, [[asdict(span) for span in piece] for piece in source.pieces()])
         self._pieces = [[Span(**span) for span in piece] for piece in output.read_json(_PIECES)]
         self._names = numbered_names(len(self._pieces))
+        self._numbers = {name: number for number, name in enumerate(self._names)}
         self._lists = [list_of(piece) for piece in self._pieces]
+        self._reads = {f"{READ}{self._names[pieces.start]}": pieces for pieces in _together(self._lists)}
         self._records = dict[str, ShardRecord]()
         self._rows_before = [0]
 
@@ -81,9 +100,10 @@ class PairsMaker:
         Raises:
             DataError: After the first phase, if no row is usable; gives the counts by reason.
         """
-        yield [f"{READ}{name}" for name in self._names]
+        yield list(self._reads)
         self._require_rows()
         yield self._compared
+        yield [REPEATS]
         yield list(self._names)
 
     def make(self, name: str, on_rows: OnRows = lambda _done: None) -> ShardRecord:
@@ -99,8 +119,10 @@ class PairsMaker:
         start = time.monotonic()
         if name.startswith(READ):
             counts = self._read(name, on_rows)
+        elif name.startswith(COMPARE):
+            counts = self._compare(name)
         else:
-            counts = self._compare(name) if name.startswith(COMPARE) else self._write_part(name)
+            counts = self._gather() if name == REPEATS else self._write_part(name)
         files = {} if name.startswith(LIVE) else {f"{name}.parquet": self._output.describe(f"{name}.parquet")}
         wall_s = round(time.monotonic() - start, 3)
         record = ShardRecord(shard=name, counts=counts, files=files, wall_s=wall_s)
@@ -111,7 +133,7 @@ class PairsMaker:
     def finish(self) -> PairsSummary:
         """Write the index, when every task is done."""
         records = self._output.shard_records()
-        readings = [Reading.from_dict(one) for one in self._output.read_jsons(self._reading_files)]
+        readings = [Reading.from_dict(one) for one in self._output.read_jsons([f"{name}.json" for name in self._reads])]
         parts = [records[name].counts for name in self._names]
         summary = PairsSummary(Counter(add_counts([dict(reading.counts) for reading in readings])))
         total = add_counts(parts)
@@ -128,7 +150,8 @@ class PairsMaker:
             summary.metrics["lists"] = self._count_lists(readings, parts)
         if examples := name_examples(readings):
             summary.metrics["malformed_rows"] = examples
-        schemas = [pa.schema([(name, pa.type_for_alias(kind)) for name, kind in one["columns"]]) for one in written]
+        columns = dict.fromkeys(tuple(map(tuple, one["columns"])) for one in written)  # most parts have the same
+        schemas = [pa.schema([(name, pa.type_for_alias(kind)) for name, kind in one]) for one in columns]
         numbered = zip(self._names, parts, self._lists, strict=True)
         write_index(self._output, [Part(name, counts["ok"], number) for name, counts, number in numbered], schemas)
         return summary
@@ -136,53 +159,60 @@ class PairsMaker:
     def _count_lists(self, readings: Sequence[Reading], parts: Sequence[Mapping[str, int]]) -> list[dict[str, int]]:
         """Rows of each list by outcome, as those of all lists together."""
         lists = [Counter[str]() for _ in self._source.config.lists]
-        for number, reading, part in zip(self._lists, readings, parts, strict=True):
-            failures = {name: count for name, count in reading.counts.items() if name != "ok"}
-            lists[number].update(failures | {"ok": part["ok"], "duplicate": part["duplicate"]})
+        for pieces, reading in zip(self._reads.values(), readings, strict=True):
+            lists[self._lists[pieces.start]].update({name: n for name, n in reading.counts.items() if name != "ok"})
+        for number, part in zip(self._lists, parts, strict=True):
+            lists[number].update({"ok": part["ok"], "duplicate": part["duplicate"]})
         return [dict(counts) for counts in lists]
 
     def _read(self, name: str, on_rows: OnRows) -> dict[str, int]:
-        number = self._names.index(name.removeprefix(READ))
-        reading = Reading(limit=self._rows_left(number))
-        batches = () if reading.is_full else self._source.read(self._pieces[number], reading)
+        reading = Reading(limit=self._rows_left(name))
         with (
             self._output.write(f"{name}.runs") as runs_path,
-            self._output.write(f"{name}.parquet") as path,
             runs_path.open("wb") as stream,
+            contextlib.closing(RunWriter(stream)) as runs,
+        ):
+            for number in self._reads[name]:
+                runs.begin(number)
+                self._read_piece(number, reading, runs, on_rows)
+        self._output.write_json(f"{name}.json", reading.to_dict())
+        return {"in": 0, "ok": 0} | dict(reading.counts)  # a piece may have no rows
+
+    def _read_piece(self, number: int, reading: Reading, runs: RunWriter, on_rows: OnRows) -> None:
+        batches = () if reading.is_full else self._source.read(self._pieces[number], reading)
+        with (
+            self._output.write(f"{READ}{self._names[number]}.parquet") as path,
             contextlib.closing(_PartWriter(path)) as writer,
         ):
-            runs = RunWriter(stream, number)
             for batch in batches:
                 table, uids = _to_pairs(batch, self._source.config.validation_prob, reading)
                 runs.add(uids)
                 writer.write(table)
                 on_rows(reading.counts["in"])
-            runs.flush()
-        self._output.write_json(f"{name}.json", reading.to_dict() | {"runs": [asdict(run) for run in runs.runs]})
-        return {"in": 0, "ok": 0} | dict(reading.counts)  # a piece may have no rows
 
     def _require_rows(self) -> None:
         records = self._output.shard_records()
         for number, config in enumerate(self._source.config.each()):
-            names = [name for name, of in zip(self._names, self._lists, strict=True) if of == number]
-            counts = add_counts([records[f"{READ}{name}"].counts for name in names])
+            names = [name for name, pieces in self._reads.items() if self._lists[pieces.start] == number]
+            counts = add_counts([records[name].counts for name in names])
             if not counts.get("ok"):
                 with named_list(self._source.config, number):
                     where = f"{config.path}: " if config.path else ""
                     raise DataError(f"pairs: {where}no usable row among {counts.get('in', 0)}: {counts}")
 
-    def _rows_left(self, number: int) -> int | None:
-        """Rows that ``max_pairs`` leaves to a piece of its list; None: all."""
+    def _rows_left(self, name: str) -> int | None:
+        """Rows that ``max_pairs`` leaves to a reading task of its list; None: all."""
         if not self._source.config.max_pairs:
             return None
-        while (place := len(self._rows_before)) <= number:
-            is_first = self._lists[place] != self._lists[place - 1]
-            self._rows_before.append(0 if is_first else self._rows_before[-1] + self._num_read(place - 1))
-        return max(0, self._source.config.max_pairs - self._rows_before[number])
+        names = list(self._reads)
+        lists = [self._lists[pieces.start] for pieces in self._reads.values()]
+        while (place := len(self._rows_before)) <= names.index(name):
+            is_first = lists[place] != lists[place - 1]
+            self._rows_before.append(0 if is_first else self._rows_before[-1] + self._num_read(names[place - 1]))
+        return max(0, self._source.config.max_pairs - self._rows_before[names.index(name)])
 
-    def _num_read(self, number: int) -> int:
-        """Rows that were read of a piece; of one that another process has read, by its record."""
-        name = f"{READ}{self._names[number]}"
+    def _num_read(self, name: str) -> int:
+        """Rows that a task has read; of one that another process has done, by its record."""
         if name not in self._records:
             self._records |= self._output.shard_records()
         return self._records[name].counts.get("in", 0)
@@ -191,23 +221,19 @@ class PairsMaker:
     def _compared(self) -> list[str]:
         """The tasks that compare; known when all pieces are read."""
         records = self._output.shard_records()
-        groups = bucket_groups(sum(records[f"{READ}{name}"].counts.get("ok", 0) for name in self._names))
+        groups = bucket_groups(sum(records[name].counts.get("ok", 0) for name in self._reads))
         return [f"{COMPARE}{first:04d}-{end:04d}" for first, end in groups]
 
     @cached_property
-    def _runs(self) -> list[tuple[Path, list[Run]]]:
+    def _runs(self) -> list[Runs]:
         """The sorted uids of all pieces; known when they are read."""
-        return [
-            (
-                self._output.path(f"{READ}{name}.runs"),
-                [Run(run["first"], tuple(run["bounds"])) for run in reading["runs"]],
-            )
-            for name, reading in zip(self._names, self._output.read_jsons(self._reading_files), strict=True)
-        ]
+        with ThreadPoolExecutor(_FETCHES) as threads:
+            return [Runs.of(path) for path in threads.map(self._output.path, [f"{name}.runs" for name in self._reads])]
 
-    @property
-    def _reading_files(self) -> list[str]:
-        return [f"{READ}{name}.json" for name in self._names]
+    @cached_property
+    def _repeats(self) -> Positions:
+        """The positions of all repeated rows, those of a piece together; known when they are gathered."""
+        return np.load(self._output.path(f"{REPEATS}.npy"), mmap_mode="r")
 
     def _compare(self, name: str) -> dict[str, int]:
         first, end = name.removeprefix(COMPARE).split("-")
@@ -217,10 +243,14 @@ class PairsMaker:
         num_rows = count_rows(self._runs, (int(first), int(end)))
         return {"in": num_rows, "ok": num_rows - len(repeats), "duplicate": len(repeats)}
 
+    def _gather(self) -> dict[str, int]:
+        files = [self._output.path(f"{group}.npy") for group in self._compared]
+        with self._output.write(f"{REPEATS}.npy") as path:
+            num_rows = gather_positions(files, len(self._names), path)
+        return {"in": num_rows, "duplicate": num_rows}
+
     def _write_part(self, name: str) -> dict[str, int]:
-        number = self._names.index(name)
-        files = (self._output.path(f"{group}.npy") for group in self._compared)
-        repeats = np.sort(np.concatenate([rows_of_piece(np.load(file, mmap_mode="r"), number) for file in files]))
+        repeats = rows_of_piece(self._repeats, self._numbers[name])
         notes: Counter[str] = Counter({"train": 0, "validation": 0, "empty_captions": 0})
         captions: list[str] = []
         num_rows = row = 0
@@ -289,6 +319,20 @@ class _PartWriter:
             self.write(pairs_schema().empty_table())
         assert self._writer is not None
         self._writer.close()
+
+
+def _together(lists: Sequence[int]) -> list[range]:
+    """The pieces that each task reads: one, or several that follow one another in a list of very many.
+
+    Args:
+        lists: The list of each piece.
+    """
+    tasks: list[range] = []
+    for _, pieces in groupby(range(len(lists)), key=lists.__getitem__):
+        numbers = list(pieces)
+        width, stop = -(-len(numbers) // MOST_READS), numbers[-1] + 1
+        tasks += [range(start, min(stop, start + width)) for start in range(numbers[0], stop, width)]
+    return tasks
 
 
 def _to_pairs(batch: pa.Table, validation_prob: float, reading: Reading) -> tuple[pa.Table, list[bytes]]:

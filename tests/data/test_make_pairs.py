@@ -8,17 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.data import duplicates, make_pairs, sources
-from pipeline.data.make_pairs import PairsMaker, write_pairs
+from pipeline.data.make_pairs import COMPARE, PairsMaker, PairsSummary, write_pairs
 from pipeline.data.pairs import Pairs
 from pipeline.data.rows import make_uid, numbered_names, split_of
 from pipeline.data.sources import Source
 from pipeline.errors import DataError
-from pipeline.recipe.pairs_sections import PairsConfig
+from pipeline.recipe.pairs_sections import PairsConfig, PairsList
 from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import parse_recipe
 from pipeline.runtime.context import StepContext
@@ -47,9 +48,10 @@ def _files(folder: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.fixture
-def in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A piece for every file, runs of 70 rows, and several groups of buckets."""
+@pytest.fixture(params=[1024, 3])
+def in_pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A piece for every file, which is read alone or with another; runs of 70 rows, and several groups of buckets."""
+    monkeypatch.setattr(make_pairs, "MOST_READS", request.param)
     monkeypatch.setattr(sources, "PIECE_BYTES", 1)
     monkeypatch.setattr(duplicates, "RUN_ROWS", 70)
     monkeypatch.setattr(duplicates, "GROUP_ROWS", 400)
@@ -315,7 +317,7 @@ def test_the_records_of_all_tasks_are_read_once_a_phase_and_no_part_is_read_agai
     context = StepContext(recipe, make_plan(recipe)[0], recipe.workspace)
     assert run_pairs(context).counts["in"] == 360
     assert len(Pairs(context.output).parts) == (1 if max_pairs else 40)
-    assert calls.count("records") <= 6  # of three phases, and of what lies between them
+    assert calls.count("records") <= 7  # of four phases, and of what lies between them
     assert not [name for name in calls if "/" not in name and name.endswith(".parquet")]
 
 
@@ -329,6 +331,71 @@ def test_max_pairs_reads_the_records_of_the_pieces_before_once(calls: list[str],
         rows = [maker.make(name).counts.get("in", 0) for name in (names if not num_reads else reversed(names))]
         assert sorted(rows) == [0, 0, 1, 2, 2, 2, 2, 2, 2]
         assert calls.count("records") == num_reads
+
+
+def _write_tars(folder: Path, num_tars: int, num_samples: int) -> None:
+    """Tars of which each begins with the last sample of the one before; the second has none."""
+    for tar in range(num_tars):
+        numbers = range(0 if tar == 1 else num_samples)
+        texts = [f"text {tar * (num_samples - 1) + number}".encode() for number in numbers]
+        files = {f"{number}.{end}": text for number, text in enumerate(texts) for end in ("jpg", "txt")}
+        _write_tar(folder / f"{tar:03d}.tar", files)
+
+
+@pytest.mark.parametrize("max_pairs", [0, 3, 8, 1000])
+def test_tars_that_are_read_together_give_the_same_list(
+    max_pairs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, num_tars in (("in", 11), ("more", 5)):
+        _write_tars(tmp_path / name, num_tars, 3)
+    lists = tuple(PairsList(path=str(tmp_path / name)) for name in ("in", "more"))
+    source = Source(PairsConfig(source="shards", lists=lists, max_pairs=max_pairs))
+    made = list[tuple[dict[str, bytes], PairsSummary]]()
+    for most in (1024, 4, 1):
+        monkeypatch.setattr(make_pairs, "MOST_READS", most)
+        output = Artifact(str(tmp_path / f"out{most}"))
+        summary = write_pairs(source, output)
+        made.append((_files(tmp_path / f"out{most}"), summary))
+        assert len([name for name in output.names() if name.endswith(".runs")]) <= 2 * most
+    assert made[1:] == made[:1] * 2
+    assert len(made[0][0]) == len(source.pieces()) + 1
+
+
+def test_what_is_asked_of_the_storage_grows_with_the_tars_and_not_with_the_groups(
+    calls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(make_pairs, "MOST_READS", 4)
+    asked = list[int]()
+    for group_rows in (1000, 10):
+        monkeypatch.setattr(duplicates, "GROUP_ROWS", group_rows)
+        _write_tars(tmp_path / f"in{group_rows}", 20, 3)
+        output = Artifact(str(tmp_path / f"out{group_rows}"))
+        calls.clear()
+        write_pairs(Source(PairsConfig(source="shards", path=str(tmp_path / f"in{group_rows}"))), output)
+        num_groups = len([name for name in output.names() if name.endswith(".npy")]) - 1
+        assert len([name for name in calls if name.endswith(".runs")]) == 4
+        assert len([name for name in calls if name.startswith(COMPARE)]) == num_groups
+        asked.append(len([name for name in calls if name != "records"]) - num_groups)
+    assert num_groups == 6
+    assert asked[0] == asked[1] == 4 + 20 + 1  # runs, rows, and what was found
+
+
+def test_found_positions_are_gathered_by_their_pieces(tmp_path: Path) -> None:
+    random, files = np.random.default_rng(0), list[Path]()
+    rows = random.choice(70, (5, 9))
+    for number, of_file in enumerate(rows):
+        files.append(tmp_path / f"{number}.npy")
+        pieces = of_file // 10 % 6
+        np.save(files[-1], np.sort((pieces << 40) + 10 * number + np.arange(9)).astype(np.uint64))
+    for chosen in (files, files[:1], []):
+        num_found = duplicates.gather_positions(chosen, 8, tmp_path / "all")
+        found = np.load(tmp_path / "all", mmap_mode="r")
+        expected = sorted(position for file in chosen for position in np.load(file).tolist())
+        assert sorted(found.tolist()) == expected
+        assert len(found) == num_found
+        for piece in range(8):
+            of_piece = [position & (1 << 40) - 1 for position in expected if position >> 40 == piece]
+            assert duplicates.rows_of_piece(found, piece).tolist() == of_piece
 
 
 def test_the_reader_reads_any_span_of_rows(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import ray
 import tomli_w
 
 from pipeline.data import duplicates, sources
-from pipeline.data.make_pairs import PairsMaker
+from pipeline.data.make_pairs import COMPARE, READ, PairsMaker
 from pipeline.data.pairs import Pairs
 from pipeline.data.shards import good_samples
 from pipeline.errors import StepError
@@ -74,7 +74,7 @@ def _write_list(folder: Path) -> None:
         pq.write_table(pa.table(columns, names=["url", "caption"]), folder / f"{part}.parquet")
 
 
-@pytest.mark.parametrize("stops_behind", ["", "live/read/", "live/compare/", "00"])
+@pytest.mark.parametrize("stops_behind", ["", READ, COMPARE, "00"])
 def test_several_workers_share_a_list_that_is_compared_in_groups(
     stops_behind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,7 +94,7 @@ def test_several_workers_share_a_list_that_is_compared_in_groups(
     shown = _note_progress(monkeypatch)
     assert run_pairs(context).counts == {"in": 400, "ok": 200, "duplicate": 200}
     records = context.output.shard_records()
-    compared = [record.counts for name, record in records.items() if name.startswith("live/compare/")]
+    compared = [record.counts for name, record in records.items() if name.startswith(COMPARE)]
     assert len(compared) == 4
     assert add_counts(compared) == {"in": 400, "ok": 200, "duplicate": 200}
     assert max(shown) == 400
