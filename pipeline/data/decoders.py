@@ -20,6 +20,8 @@ import signal
 import socket
 import struct
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -31,6 +33,11 @@ from pipeline.errors import StepError
 from pipeline.pictures.read import PictureError
 from pipeline.recipe.sections import DownloadConfig
 
+Size = tuple[int, int]
+"""Width and height, in pixels."""
+Read = Callable[[], bytes]
+"""Reads a picture's file; called when its turn has come, so that few are in memory."""
+
 _LIMIT_S = 60.0
 _TRIES, _STARTS = 2, 3
 _PAUSE_S = 2.0
@@ -40,6 +47,8 @@ _OOM_SCORE = b"800"
 _SPARE_BYTES, _KEPT_BYTES = 256 << 20, 64 << 20
 _PIPE_BYTES = 1 << 20
 """A picture passes in one piece, so that each side is woken once for it."""
+_MEASURE = b"null"
+"""Facts of a picture that is stored as it is."""
 _HEADER = struct.Struct("<QQQ")
 """Of a message: number of the picture, bytes of its facts (JSON), bytes of the picture."""
 
@@ -75,11 +84,72 @@ class Decoders:
                 longer than a minute.
             PictureError: As ``Resizer.store``.
         """
+        return await self._ask(json.dumps([boxes, checksum]).encode(), body.read)
+
+    async def measure(self, read: Read) -> Size:
+        """What ``Resizer.measure`` says of a file, in the next free process.
+
+        Raises:
+            FetchError: Of class ``killer``, as ``store``.
+            PictureError: As ``Resizer.measure``.
+        """
+        measured = await self._ask(_MEASURE, read)
+        return measured.width, measured.height
+
+    async def _ask(self, facts: bytes, read: Read) -> StoredPicture:
         decoder = await self._free.get()
         try:
-            return await decoder.ask(json.dumps([boxes, checksum]).encode(), body.read())
+            return await decoder.ask(facts, read())
         finally:
             self._free.put_nowait(decoder)
+
+
+class Measures:
+    """Decodes pictures that are stored as they are, for a caller that is no coroutine; use it in a ``with`` block.
+
+    Args:
+        config: The recipe's section.
+        count: Number of processes.
+    """
+
+    def __init__(self, config: DownloadConfig, count: int = 1) -> None:
+        self._count = count
+        self._decoders = Decoders(replace(config, blur_column=""), count)
+        self._runner = asyncio.Runner()
+
+    def __enter__(self) -> Measures:
+        self._runner.run(self._decoders.__aenter__())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._runner.run(self._decoders.__aexit__())
+        self._runner.close()
+
+    def sizes(self, reads: Sequence[Read]) -> list[Size | FetchError | PictureError]:
+        """Width and height of files, or why one cannot be decoded, in their order.
+
+        Raises:
+            StepError: If no decoder can be started.
+        """
+        return self._runner.run(self._sizes(reads))
+
+    async def _sizes(self, reads: Sequence[Read]) -> list[Size | FetchError | PictureError]:
+        sizes, waiting = dict[int, Size | FetchError | PictureError](), iter(enumerate(reads))
+
+        async def measure() -> None:
+            for number, read in waiting:
+                try:
+                    sizes[number] = await self._decoders.measure(read)
+                except (FetchError, PictureError) as error:
+                    sizes[number] = error
+
+        tasks = [asyncio.create_task(measure()) for _ in range(self._count * _PICTURES_AT_ONCE)]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        return [sizes[number] for number in range(len(reads))]
 
 
 class _Decoder:
@@ -235,9 +305,8 @@ def _message(number: int, facts: bytes, data: bytes) -> bytes:
 
 
 def _answer(resizer: Resizer, facts: bytes, data: bytes) -> tuple[dict[str, Any], bytes]:
-    boxes, checksum = json.loads(facts)
     try:
-        stored = resizer.store(data, boxes, checksum)
+        stored = resizer.measure(data) if facts == _MEASURE else resizer.store(data, *json.loads(facts))
     except FetchError as error:
         return {"cause": error.cause, "detail": error.detail}, b""
     except PictureError as error:

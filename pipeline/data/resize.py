@@ -98,6 +98,18 @@ class Resizer:
         digest = "" if kind == "none" else hashlib.new(kind, data).hexdigest()
         return StoredPicture(encoded, width, height, original_width, original_height, _exif(data), digest)
 
+    def measure(self, data: bytes) -> StoredPicture:
+        """The sizes of a picture that is stored as it is: all of it is decoded, and nothing is encoded.
+
+        Raises:
+            PictureError: If it is no picture, damaged, or too large for the recipe.
+        """
+        config = self._config
+        picture = read(
+            data, where=_WHERE, max_area_px=config.max_image_area_px, max_memory_bytes=config.max_memory_bytes
+        )
+        return StoredPicture(b"", picture.width, picture.height, picture.width, picture.height, None, "")
+
     def _store(self, data: bytes, boxes: Boxes) -> tuple[bytes, int, int, int, int]:
         config = self._config
         least_px = 0 if config.resize_mode == "no" else config.image_px

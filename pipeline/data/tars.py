@@ -4,6 +4,8 @@ The files of a sample have one key, the part of their name before the first dot:
 its record in ``.json``, or both.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections import Counter
@@ -11,13 +13,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.data.blank import BLANK
-from pipeline.data.causes import cause_of
+from pipeline.data.causes import FetchError, cause_of
 from pipeline.data.list_columns import column_in_list
 from pipeline.data.lists import require_parts
 from pipeline.data.reading import Reading, has_surrogates, within_limit
@@ -26,10 +28,13 @@ from pipeline.data.shard_writer import FAILED_TO_RESIZE, FAILURES, SUCCESS, fail
 from pipeline.data.tar_index import index_tar, shown
 from pipeline.data.tar_samples import TarSample, sample_of
 from pipeline.errors import DataError
-from pipeline.pictures.read import PictureError, read
+from pipeline.pictures.read import PictureError
 from pipeline.workspace.files import UserFile, find_files, local_copy
 from pipeline.workspace.hashing import HashedFile
 from pipeline.workspace.store import Artifact
+
+if TYPE_CHECKING:
+    from pipeline.data.decoders import Measures, Size
 
 BATCH_ROWS = 10_000
 _HINT = "bring this file back from a copy, or leave it out of the folder"
@@ -44,7 +49,8 @@ class TakenIn:
     files: dict[str, dict[str, Any]]
     """Size and SHA-256 of each file, by name."""
     counts: dict[str, int]
-    """Rows: ``in`` = ``ok`` + ``failed_to_download`` (forgotten pairs) + ``failed_to_resize`` (damaged pictures)."""
+    """Rows: ``in`` = ``ok`` + ``failed_to_download`` (forgotten pairs) + ``failed_to_resize`` (pictures that cannot be
+    decoded)."""
     causes: dict[str, int]
     """Failed rows by class."""
 
@@ -111,33 +117,31 @@ def count_samples(path: str) -> int:
     return round(count * sum(file.num_bytes for file in files) / max(1, files[0].num_bytes))
 
 
-def table_of(tar: Path, pairs: pa.Table) -> pa.Table:
+def table_of(tar: Path, pairs: pa.Table, measures: Measures) -> pa.Table:
     """The table of a shard that is taken in as it is, as the download writes it for its own.
 
-    Every picture is decoded once: as with pictures that were downloaded, no later step finds one that is damaged.
+    Every picture is decoded once: as with pictures that were downloaded, no later step finds one that is damaged, or
+    that takes a process down.
 
     Args:
         tar: The tar.
         pairs: Its part of the list of pairs, with the keys.
+        measures: Decodes the pictures.
 
     Raises:
         DataError: If the tar lacks a key of the list, or has another uid for it.
     """
-    samples = {sample.key: sample for sample in read_tar(tar, Reading(lines=[(str(tar), 0)]))}
-    rows: list[dict[str, Any]] = []
+    by_key = {sample.key: sample for sample in read_tar(tar, Reading(lines=[(str(tar), 0)]))}
+    rows: list[dict[str, Any]] = pairs.to_pylist()
+    samples = [_sample_of(row, by_key, tar) for row in rows if row["uid"]]
     with tar.open("rb") as stream:
-        for row in pairs.to_pylist():
-            if not row["uid"]:
-                rows.append(row | BLANK)
-                continue
-            sample = samples.get(row["key"])
-            if sample is None or sample.uid != row["uid"]:
-                raise DataError(f"{tar}: key {row['key']}: is not what it was when the list of pairs was made")
-            rows.append(row | _picture_columns(_read(stream, sample.span), sample))
-    return pa.Table.from_pylist(rows, schema=_schema(pairs.schema))
+        sizes = measures.sizes([partial(_read, stream, sample.span) for sample in samples])
+        columns = (_picture_columns(stream, *one) for one in zip(samples, sizes, strict=True))
+        made = [row | (next(columns) if row["uid"] else BLANK) for row in rows]
+    return pa.Table.from_pylist(made, schema=_schema(pairs.schema))
 
 
-def take_in(uri: str, pairs: pa.Table, shard: str, output: Artifact) -> TakenIn:
+def take_in(uri: str, pairs: pa.Table, shard: str, output: Artifact, measures: Measures) -> TakenIn:
     """Record a tar as a shard of the download: a link to it, or a copy if one of them is remote, and its table.
 
     Args:
@@ -145,13 +149,14 @@ def take_in(uri: str, pairs: pa.Table, shard: str, output: Artifact) -> TakenIn:
         pairs: Its part of the list of pairs.
         shard: Name of the shard.
         output: The artifact of the download step.
+        measures: Decodes the pictures.
 
     Raises:
         DataError: If the tar is damaged, or is not the one that the list of pairs was made from.
     """
     names = [f"{shard}.tar", f"{shard}.parquet", f"{shard}_stats.json"]
     output.link(names[0], uri)
-    table = table_of(output.path(names[0]), pairs)
+    table = table_of(output.path(names[0]), pairs, measures)
     with output.write(names[1]) as path, HashedFile(path) as stream:
         pq.write_table(table, stream)
     totals = taken_in_totals(table)
@@ -181,13 +186,25 @@ def _schema(pairs: pa.Schema) -> pa.Schema:
     return pa.schema([*pairs, *(pa.field(*one) for one in fields)], metadata={TAKEN_IN: b"as it is"})
 
 
-def _picture_columns(picture: bytes, sample: TarSample) -> dict[str, Any]:
+def _sample_of(row: Mapping[str, Any], by_key: Mapping[str, TarSample], tar: Path) -> TarSample:
+    """The sample of a row.
+
+    Raises:
+        DataError: If the tar has none, or another one.
+    """
+    sample = by_key.get(row["key"])
+    if sample is None or sample.uid != row["uid"]:
+        raise DataError(f"{tar}: key {row['key']}: is not what it was when the list of pairs was made")
+    return sample
+
+
+def _picture_columns(stream: IO[bytes], sample: TarSample, size: Size | FetchError | PictureError) -> dict[str, Any]:
     """What the table says of a picture: its sizes and its place, or why it cannot be decoded."""
-    try:
-        decoded = read(picture, where=sample.uid)
-    except PictureError as error:
-        return {"status": FAILED_TO_RESIZE, "error_message": error.reason}
-    width, height = decoded.width, decoded.height
+    if isinstance(size, FetchError):
+        return {"status": FAILED_TO_RESIZE, "error_message": str(size)}
+    if isinstance(size, PictureError):
+        return {"status": FAILED_TO_RESIZE, "error_message": size.reason}
+    picture, (width, height) = _read(stream, sample.span), size
     original = [sample.record.get(name) for name in ("original_width", "original_height")]
     original_width, original_height = original if all(map(_is_size, original)) else (width, height)
     exif, sha256 = (_text_or_none(sample.record.get(name)) for name in ("exif", "sha256"))

@@ -1,5 +1,6 @@
 """The download step of shards that a person has already: they are taken in as they are, nothing is downloaded."""
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -49,17 +50,21 @@ def require_pictures(counts: Mapping[str, int], causes: Counter[str], min_succes
 
 
 class TakeInWorker:
-    """Takes in one shard after another."""
+    """Takes in one shard after another; a picture that takes its decoder down is a failed row."""
 
     def __init__(self, context: StepContext) -> None:
+        from pipeline.data.decoders import Measures
         from pipeline.data.pairs import Pairs
         from pipeline.data.sources import tars_of
 
+        config = context.recipe.download
         self._output = context.output
         self._forgotten = Forgotten.read(context.root)
         self._pairs = Pairs(context.inputs["pairs"])
         self._tars = tars_of(context.recipe.pairs, self._pairs.parts)
         self._lists = {part.name: part.list_number for part in self._pairs.parts}
+        self._stack = contextlib.ExitStack()  # left open: a worker's process ends, and its decoders with it
+        self._measures = self._stack.enter_context(Measures(config, max(1, int(config.resources.cpus_per_worker))))
 
     def __call__(self, shard: str) -> ShardRecord:
         """Take in one shard and commit it."""
@@ -67,7 +72,7 @@ class TakeInWorker:
         from pipeline.data.tars import take_in
 
         start, rows = time.monotonic(), self._pairs.part(shard)
-        taken_in = take_in(self._tars[shard].uri, rows, shard, self._output)
+        taken_in = take_in(self._tars[shard].uri, rows, shard, self._output, self._measures)
         files = dict(taken_in.files)
         if self._forgotten.entries and not self._output.is_link(f"{shard}.tar"):
             files |= self._leave_out_forgotten(shard)
@@ -84,6 +89,10 @@ class TakeInWorker:
         )
         self._output.commit_shard(record)
         return record
+
+    def close(self) -> None:
+        """End its decoders, where it is not the process that ends."""
+        self._stack.close()
 
     def _leave_out_forgotten(self, shard: str) -> dict[str, dict[str, Any]]:
         """Take forgotten pairs out of the copy of a tar; returns size and SHA-256 of what is written anew, by name."""

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.clip.model import describe_clip
+from pipeline.data.decoders import Measures
 from pipeline.data.download import Downloader, address_rules
 from pipeline.data.drawn import EVALUATION, write_evaluation
 from pipeline.data.embed import Embedder
@@ -232,10 +233,11 @@ class Rehearsal:
         """Take in the first tar whole, and the rows of it that the rehearsal has."""
         tar, fetched_s = self._first_tar
         whole, few = (Pairs(self.artifact(name)).part(_SHARD) for name in (_WHOLE_PAIRS, "pairs"))
-        start = time.perf_counter()
-        take_in(tar, whole, _SHARD, self.artifact("download-of-a-tar"))
-        seconds = fetched_s + time.perf_counter() - start
-        taken_in = take_in(tar, few, _SHARD, output)
+        with Measures(self.recipe.download) as measures:
+            start = time.perf_counter()
+            take_in(tar, whole, _SHARD, self.artifact("download-of-a-tar"), measures)
+            seconds = fetched_s + time.perf_counter() - start
+            taken_in = take_in(tar, few, _SHARD, output, measures)
         output.learn(taken_in.files)
         self.num_good = taken_in.counts["ok"]
         if not self.num_good:

@@ -6,30 +6,47 @@ import json
 import re
 import tarfile
 import tempfile
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from pipeline.data.decoders import Measures
 from pipeline.data.make_pairs import write_pairs
 from pipeline.data.pairs import Pairs
 from pipeline.data.rows import make_uid
 from pipeline.data.shards import StoredPictures, good_samples
 from pipeline.data.sources import Source, count_pairs
-from pipeline.data.tars import take_in
+from pipeline.data.tars import TakenIn, take_in
 from pipeline.errors import DataError
 from pipeline.forget.rewrite import rewrite
 from pipeline.recipe.pairs_sections import PairsConfig
-from pipeline.recipe.sections import SHARD_COLUMNS
+from pipeline.recipe.sections import SHARD_COLUMNS, DownloadConfig
 from pipeline.workspace.forgotten import Forgotten, Rewrite
 from pipeline.workspace.manifest import Manifest, ShardRecord
 from pipeline.workspace.store import Artifact
 from tests.data.conftest import make_picture
 
 Files = dict[str, bytes]
+_measures: list[Measures] = []
+"""The decoders of this file, which take a second to start."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _decoders() -> Generator[None]:
+    with Measures(DownloadConfig()) as measures:
+        _measures.append(measures)
+        yield
+        _measures.clear()
+
+
+def _take_in(tar: Path, rows: pa.Table, shard: str, output: Artifact) -> TakenIn:
+    return take_in(str(tar), rows, shard, output, _measures[0])
 
 
 def _write_tar(path: Path, files: Files, layout: int = tarfile.GNU_FORMAT) -> None:
@@ -64,7 +81,7 @@ def _make(folder: Path, output: Path, **config: Any) -> tuple[Pairs, Artifact, d
     summary = write_pairs(Source(PairsConfig(source="shards", path=str(folder), **config), extra_columns=extra), listed)
     pairs = Pairs(listed)
     for part, tar in zip(pairs.parts, sorted(folder.rglob("*.tar")), strict=True):
-        take_in(str(tar), pairs.part(part.name), part.name, shards)
+        _take_in(tar, pairs.part(part.name), part.name, shards)
     return pairs, shards, dict(summary.counts)
 
 
@@ -171,7 +188,7 @@ def test_a_strange_sample_is_counted_and_the_others_are_read(files: Files, reaso
     assert example.startswith(f"{tmp_path}/in/0.tar:")
     assert re.search(reason, example)
     part, shards = Pairs(output).part("00000"), Artifact(str(tmp_path / "download"))
-    assert take_in(str(tmp_path / "in/0.tar"), part, "00000", shards).counts == {"in": 2, "ok": 2}
+    assert _take_in(tmp_path / "in/0.tar", part, "00000", shards).counts == {"in": 2, "ok": 2}
     good, pictures = good_samples(shards.path("00000.tar"), shards.path("00000.parquet"), "00000")
     assert [pictures.read(row["key"], row["uid"]) for row in good.to_pylist()] == [make_picture(1), make_picture(2)]
 
@@ -220,7 +237,7 @@ def test_a_tar_that_changes_after_the_list_was_made_is_refused(tmp_path: Path) -
     write_pairs(Source(PairsConfig(source="shards", path=str(tmp_path / "in"))), output)
     _write_tar(tmp_path / "in/0.tar", _img2dataset(1, caption="another") | _img2dataset(2))
     with pytest.raises(DataError, match="key 000000001: is not what it was when the list of pairs was made"):
-        take_in(str(tmp_path / "in/0.tar"), Pairs(output).part("00000"), "00000", Artifact(str(tmp_path / "out")))
+        _take_in(tmp_path / "in/0.tar", Pairs(output).part("00000"), "00000", Artifact(str(tmp_path / "out")))
 
 
 def test_max_pairs_stops_in_the_middle_of_the_shards(tmp_path: Path) -> None:
@@ -268,7 +285,7 @@ def test_a_damaged_picture_is_a_failed_row_that_no_later_step_reads(picture: byt
     _write_tar(tmp_path / "in/0.tar", files)
     listed, shards = Artifact(str(tmp_path / "pairs")), Artifact(str(tmp_path / "download"))
     write_pairs(Source(PairsConfig(source="shards", path=str(tmp_path / "in"))), listed)
-    taken_in = take_in(str(tmp_path / "in/0.tar"), Pairs(listed).part("00000"), "00000", shards)
+    taken_in = _take_in(tmp_path / "in/0.tar", Pairs(listed).part("00000"), "00000", shards)
     assert taken_in.counts == {"in": 2, "ok": 1, "failed_to_resize": 1}
     assert taken_in.causes == {cause: 1}
     stats = shards.read_json("00000_stats.json")
@@ -322,7 +339,7 @@ def test_forget_leaves_a_damaged_picture_what_it_is(tmp_path: Path) -> None:
     _write_tar(tmp_path / "in/0.tar", files | {"000000005.jpg": b"no picture"})
     listed, shards = Artifact(str(tmp_path / "pairs")), Artifact(str(tmp_path / "download"))
     write_pairs(Source(PairsConfig(source="shards", path=str(tmp_path / "in"))), listed)
-    taken_in = take_in(str(tmp_path / "in/0.tar"), Pairs(listed).part("00000"), "00000", shards)
+    taken_in = _take_in(tmp_path / "in/0.tar", Pairs(listed).part("00000"), "00000", shards)
     shards.commit_shard(ShardRecord(shard="00000", counts=taken_in.counts, files=taken_in.files))
     shards.commit(Manifest(step="download", key="d", step_version=1, section={}, inputs={}))
     forgotten = Forgotten("salt").add(["http://a/1.jpg"], 0.0, {}, ())

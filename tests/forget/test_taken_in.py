@@ -1,5 +1,6 @@
 """Shards that were taken in: the workspace's own copy of a tar loses forgotten pairs, its owner's tar does not."""
 
+import contextlib
 import io
 import json
 import tarfile
@@ -64,9 +65,9 @@ def _take_in(recipe: Recipe) -> Artifact:
             maker.make(name)
     maker.finish()
     commit(pairs)
-    worker = TakeInWorker(download)
-    for part in Pairs(pairs.output).parts:
-        worker(part.name)
+    with contextlib.closing(TakeInWorker(download)) as worker:
+        for part in Pairs(pairs.output).parts:
+            worker(part.name)
     commit(download)
     return download.output
 

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from pipeline.data import shards
+from pipeline.data.decoders import Measures
 from pipeline.data.make_pairs import write_pairs
 from pipeline.data.pairs import Pairs
 from pipeline.data.rows import make_uid
@@ -39,7 +40,7 @@ from pipeline.forget.rewrite import rewrite
 from pipeline.pictures.frame import square
 from pipeline.pictures.read import decode
 from pipeline.recipe.pairs_sections import PairsConfig
-from pipeline.recipe.sections import IndexConfig
+from pipeline.recipe.sections import DownloadConfig, IndexConfig
 from pipeline.retrieve.build import build_index
 from pipeline.retrieve.index import Neighbour
 from pipeline.retrieve.retriever import Retriever
@@ -252,7 +253,8 @@ def test_pictures_of_shards_that_are_taken_in_are_read_at_their_places(
     listed, download = Artifact(str(tmp_path / "pairs")), Artifact(f"{bucket}/download/d")
     write_pairs(Source(PairsConfig(source="shards", path=str(tmp_path / "in"))), listed)
     part = Pairs(listed).part("00000")
-    take_in(str(tmp_path / "in/0.tar"), part, "00000", download)
+    with Measures(DownloadConfig()) as measures:
+        take_in(str(tmp_path / "in/0.tar"), part, "00000", download, measures)
     _elsewhere(monkeypatch, tmp_path)
     pictures = StoredPictures(download, by_ranges=True)
     s3_server.counted()
