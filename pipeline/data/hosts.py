@@ -203,3 +203,31 @@ class HostLimits:
             if state is not None:
                 state.is_listed = False
                 self._forget(host, state)
+
+
+class HostPauses:
+    """The pauses that hosts ask for, from all that download to all: where hosts have no limits, they share no more."""
+
+    def __init__(self) -> None:
+        self._pauses: dict[str, tuple[int, float]] = {}
+        """Number and end, on the monotonic clock, of the newest pause of each host; the newest is the last."""
+        self._number = time.time_ns()  # a process that starts again does not begin below what others have heard
+
+    async def pause(self, host: str, seconds: float) -> None:
+        """See ``Limits``; not for longer than ``LONGEST_PAUSE_S``."""
+        now = time.monotonic()
+        _, end = self._pauses.pop(host, (0, 0.0))
+        self._number += 1
+        self._pauses[host] = self._number, max(end, now + min(seconds, LONGEST_PAUSE_S))
+        while self._pauses and next(iter(self._pauses.values()))[1] <= now:
+            del self._pauses[next(iter(self._pauses))]
+
+    async def since(self, number: int) -> tuple[int, list[tuple[str, float]]]:
+        """The pauses after a number that this has returned, or 0: all.
+
+        Returns:
+            The number of the newest one; and host and seconds left of each.
+        """
+        now = time.monotonic()
+        news = itertools.takewhile(lambda one: one[1][0] > number, reversed(self._pauses.items()))
+        return self._number, [(host, end - now) for host, (_, end) in news if end > now]

@@ -1,9 +1,13 @@
-"""The limits of hosts that all workers of a download share: one actor holds them (``pipeline.data.hosts``)."""
+"""What all workers of a download share of hosts: their limits, or their pauses alone where they have no limits.
+
+One actor holds it (``pipeline.data.hosts``).
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 import weakref
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -12,7 +16,7 @@ from typing import Any
 import ray
 import ray.exceptions
 
-from pipeline.data.hosts import NO_LEASE, HostLimits, Limits
+from pipeline.data.hosts import NO_LEASE, HostLimits, HostPauses, Limits
 from pipeline.errors import StepError
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.placement import cluster_has_roles, controller_options
@@ -20,6 +24,9 @@ from pipeline.runtime.placement import cluster_has_roles, controller_options
 _NAME = "download-limits"
 _LEASE_SPARE_S = 60.0
 _SPARE_REQUESTS = 1000
+_LOOK_EVERY_S = 1.0
+"""Between two looks of a worker at the pauses that others have heard of: 256 workers take the actor an eighth of its
+processor."""
 SHARDS_AT_ONCE = 2
 """Shards that one worker downloads at a time."""
 
@@ -125,12 +132,49 @@ def _gone() -> Generator[None]:
         ) from error
 
 
+class ClusterPauses(HostLimits):
+    """The pauses of hosts that have no limits: what one worker is told by a host, all keep a second later.
+
+    A request asks nobody: the actor hears of each pause, and is looked at now and then while requests start.
+
+    Args:
+        actor: The actor that holds them. A download goes on without it.
+    """
+
+    def __init__(self, actor: Any) -> None:
+        super().__init__()
+        self._actor = actor
+        self._number = 0
+        """The newest pause that this worker has heard of."""
+        self._next_look = 0.0
+        self._look: asyncio.Task[None] | None = None
+
+    async def start(self, host: str, reservation: int = NO_LEASE) -> int:
+        """See ``pipeline.data.hosts.Limits``."""
+        if time.monotonic() >= self._next_look and (self._look is None or self._look.done()):
+            self._next_look = time.monotonic() + _LOOK_EVERY_S
+            self._look = asyncio.create_task(self._hear())
+        return await super().start(host, reservation)
+
+    async def pause(self, host: str, seconds: float) -> None:
+        """See ``pipeline.data.hosts.Limits``."""
+        await super().pause(host, seconds)
+        self._actor.pause.remote(host, seconds)
+
+    async def _hear(self) -> None:
+        """Keep what others have heard of since the last look."""
+        with contextlib.suppress(ray.exceptions.RayError):
+            self._number, pauses = await self._actor.since.remote(self._number)
+            for host, seconds in pauses:
+                await super().pause(host, seconds)
+
+
 @contextlib.contextmanager
 def shared_limits(context: StepContext) -> Generator[None]:
-    """An actor with the limits of hosts, inside the block, if the recipe has any; on the machine that stays."""
+    """An actor with what the workers share of hosts, inside the block, if it is anything; on the machine that stays."""
     config = context.recipe.download
     needs = config.resources
-    if not needs.max_per_host and not needs.max_rate_per_host:
+    if not _are_limited(context) and not _are_paused_by_all(context):
         yield
         return
     options = controller_options(has_roles=cluster_has_roles()) | {
@@ -141,9 +185,12 @@ def shared_limits(context: StepContext) -> Generator[None]:
         # the rows that a worker has begun.
         "max_concurrency": needs.num_workers * SHARDS_AT_ONCE * config.samples_per_shard + _SPARE_REQUESTS,
     }
-    actor_class: Any = ray.remote(HostLimits)
-    lease_s = config.deadline_s + _LEASE_SPARE_S
-    actor = actor_class.options(**options).remote(needs.max_per_host, needs.max_rate_per_host, lease_s=lease_s)
+    actor_class: Any = ray.remote(HostLimits if _are_limited(context) else HostPauses).options(**options)
+    if _are_limited(context):
+        lease_s = config.deadline_s + _LEASE_SPARE_S
+        actor = actor_class.remote(needs.max_per_host, needs.max_rate_per_host, lease_s=lease_s)
+    else:
+        actor = actor_class.remote()
     try:
         yield
     finally:
@@ -151,11 +198,21 @@ def shared_limits(context: StepContext) -> Generator[None]:
 
 
 def find_limits(context: StepContext) -> Limits | None:
-    """The limits of ``shared_limits`` in a worker; None if the recipe has none."""
+    """What ``shared_limits`` shares, in a worker; None: nothing."""
+    if _are_limited(context):
+        return ClusterLimits(ray.get_actor(_name(context)))
+    return ClusterPauses(ray.get_actor(_name(context))) if _are_paused_by_all(context) else None
+
+
+def _are_limited(context: StepContext) -> bool:
+    """Whether the recipe limits the requests to a host."""
     needs = context.recipe.download.resources
-    if not needs.max_per_host and not needs.max_rate_per_host:
-        return None
-    return ClusterLimits(ray.get_actor(_name(context)))
+    return bool(needs.max_per_host or needs.max_rate_per_host)
+
+
+def _are_paused_by_all(context: StepContext) -> bool:
+    """Whether several workers ask hosts that may ask them to wait: not one's own files, and not the demo's server."""
+    return context.recipe.pairs.source == "list" and context.recipe.download.resources.num_workers > 1
 
 
 def _name(context: StepContext) -> str:

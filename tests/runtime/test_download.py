@@ -210,6 +210,27 @@ def test_the_limits_of_hosts_outlive_their_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("local_ray")
+def test_without_limits_workers_share_the_pauses_that_hosts_ask_for(tmp_path: Path) -> None:
+    tables = _tables(tmp_path, ["http://a.example/a.jpg"], resources={"num_workers": 2})
+    alone = _context(_tables(tmp_path, ["http://a.example/a.jpg"]))
+    context = _context(tables)
+
+    async def use() -> None:
+        limits, others = find_limits(context), find_limits(context)
+        assert limits is not None
+        assert others is not None
+        await limits.pause("a", 3600)
+        while await others.start("a"):
+            await asyncio.sleep(0.1)
+        assert await others.start("b")
+
+    with shared_limits(context):
+        asyncio.run(asyncio.wait_for(use(), 60))
+    with shared_limits(alone):
+        assert find_limits(alone) is None
+
+
+@pytest.mark.usefixtures("local_ray")
 def test_all_workers_together_keep_the_limits_of_a_host(server: HostileServer, tmp_path: Path) -> None:
     urls = [f"{server.url}/wait?n={i}" for i in range(12)]
     resources = {"num_workers": 2, "max_per_host": 1}

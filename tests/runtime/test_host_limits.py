@@ -6,9 +6,11 @@ from collections.abc import Awaitable, Callable, Sequence
 import pytest
 import ray.exceptions
 
-from pipeline.data.hosts import NO_LEASE, HostLimits
+from pipeline.data import hosts
+from pipeline.data.hosts import NO_LEASE, HostLimits, HostPauses
 from pipeline.errors import StepError
-from pipeline.runtime.host_limits import ClusterLimits
+from pipeline.runtime import host_limits
+from pipeline.runtime.host_limits import ClusterLimits, ClusterPauses
 
 Pairs = Sequence[tuple[str, int]]
 
@@ -96,5 +98,86 @@ def test_what_is_given_back_while_nothing_is_asked_goes_at_once() -> None:
         await limits.release("a", await limits.start("a"))
         await asyncio.sleep(0)
         assert await actor.limits.start("a")
+
+    asyncio.run(use())
+
+
+class _PausesActor:
+    """An actor of pauses in this process, which counts how often it is looked at."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.pauses, self.num_looks = HostPauses(), 0
+        self._error = error
+        self.pause = _Remote(self.pauses.pause)
+        self.since = _Remote(self._since)
+
+    async def _since(self, number: int) -> tuple[int, list[tuple[str, float]]]:
+        self.num_looks += 1
+        if self._error:
+            raise self._error
+        return await self.pauses.since(number)
+
+
+async def _turns(num_turns: int = 10) -> None:
+    for _ in range(num_turns):
+        await asyncio.sleep(0)
+
+
+def test_a_pause_that_a_host_asks_of_one_worker_holds_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def use() -> None:
+        actor = _PausesActor()
+        one, other = ClusterPauses(actor), ClusterPauses(actor)
+        await one.pause("busy", 60)
+        await _turns()
+        for _ in range(1000):
+            assert await other.start("idle")
+            await asyncio.sleep(0)
+        assert actor.num_looks == 1  # now and then, and not for each request
+        assert await other.start("busy") == NO_LEASE
+        assert await other.reserve("busy", 1) == NO_LEASE
+        await actor.pauses.pause("busy too", 60)
+        assert await other.start("busy too")  # nobody has told it yet
+        monkeypatch.setattr(host_limits, "_LOOK_EVERY_S", 0.0)
+        other._next_look = 0.0
+        await other.start("idle")
+        await _turns()
+        assert await other.start("busy too") == NO_LEASE
+
+    asyncio.run(use())
+
+
+def test_workers_go_on_without_the_process_that_holds_the_pauses() -> None:
+    async def use() -> None:
+        limits = ClusterPauses(actor := _PausesActor(ray.exceptions.ActorDiedError()))
+        assert await limits.start("a")
+        await _turns()
+        limits._next_look = 0.0
+        assert await limits.start("a")
+        await _turns()
+        assert actor.num_looks == 2
+        await limits.pause("a", 60)
+        assert await limits.start("a") == NO_LEASE
+
+    asyncio.run(use())
+
+
+def test_pauses_are_told_once_while_they_last_also_by_a_process_that_starts_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def use() -> None:
+        pauses = HostPauses()
+        for host, seconds in (("short", 0.0), ("long", 60.0), ("longest", 1e9), ("long", 1.0)):
+            await pauses.pause(host, seconds)
+        number, news = await pauses.since(0)
+        assert [(host, round(seconds)) for host, seconds in news] == [("long", 60), ("longest", 3600)]
+        assert await pauses.since(number) == (number, [])
+        monkeypatch.setattr(hosts, "LONGEST_PAUSE_S", 0.0)
+        pauses = HostPauses()
+        for host in range(100):
+            await pauses.pause(str(host), 60)
+        assert len(pauses._pauses) <= 1
+        monkeypatch.setattr(hosts, "LONGEST_PAUSE_S", 60.0)
+        await pauses.pause("new", 60)
+        assert [host for host, _ in (await pauses.since(number))[1]] == ["new"]
 
     asyncio.run(use())
