@@ -45,6 +45,10 @@ _MAX_REDIRECTS = 10
 _BACKOFF_S, _LONGEST_BACKOFF_S = 0.5, 8.0
 _KEEP_ALIVE_S = 5.0
 _POLICY_TTL_S = 86_400.0
+_MOST_POLICY_BYTES = 64 << 20
+"""Of what hosts allow, in one worker: a file of half a megabyte can hold 50,000 rules."""
+_POLICY_BYTES, _RULE_BYTES = 1000, 200
+"""Memory of a host's policy without rules, and of a rule without its pattern."""
 _MAX_HEADER_BYTES = 16_384
 _ANSWERED_OTHERWISE = frozenset({"redirects", "url", "scheme"})
 """A robots.txt that leads nowhere counts as none, like a status of 3xx or 4xx (RFC 9309, 2.3.1.2 and 2.3.1.3)."""
@@ -96,7 +100,7 @@ class Fetcher:
         self._policy_connections = Connections(_POLICY_FILES * resources.num_connections)
         self._token = config.user_agent_token.strip().lower()
         self._directives = {directive.strip().lower() for directive in config.disallowed_header_directives}
-        self._policies = HostCache(self._policy, _POLICY_TTL_S)
+        self._policies = HostCache(self._policy, _POLICY_TTL_S, size_of=_size_of, most_bytes=_MOST_POLICY_BYTES)
         self._policy_stops = SharedStops()
         self._proxies = urllib.request.getproxies()
         self._stores: dict[str, StoreReader] = {}
@@ -356,6 +360,12 @@ class Fetcher:
             raise FetchError("x-robots-tag", directive)
         if self._config.tdm_reservation and opt_outs.reserves_rights(response.headers):
             raise FetchError("tdm", "header")
+
+
+def _size_of(policy: _Policy) -> int:
+    """Memory of a policy, in bytes."""
+    rules = (*policy.robots.rules, *policy.tdm.rules)
+    return _POLICY_BYTES + sum(_RULE_BYTES + rule.length for rule in rules)
 
 
 def _lent(

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import aiohttp.abc
 
@@ -29,14 +29,35 @@ class _Answer(Generic[T]):
     task: asyncio.Task[T | FetchError]
     since: float = math.inf
     """When it came, on the monotonic clock."""
+    num_bytes: int = 0
+    """Its size; of one that has not come, and of an error, nothing."""
 
 
 class HostCache(Generic[T]):
-    """Results of coroutines, by key: a key is asked once for all that wait for it, and errors are forgotten sooner."""
+    """Results of coroutines, by key: a key is asked once for all that wait for it, and errors are forgotten sooner.
 
-    def __init__(self, ask: Callable[[str], Coroutine[Any, Any, T | FetchError]], ttl_s: float) -> None:
+    The oldest results make place for new ones.
+
+    Args:
+        ask: What is asked.
+        ttl_s: How long a result is kept, in seconds.
+        size_of: Size of a result, in bytes, for ``most_bytes``.
+        most_bytes: Most that all results take, unless one alone takes more.
+    """
+
+    def __init__(
+        self,
+        ask: Callable[[str], Coroutine[Any, Any, T | FetchError]],
+        ttl_s: float,
+        *,
+        size_of: Callable[[T], int] = lambda _: 0,
+        most_bytes: int = 0,
+    ) -> None:
         self._ask = ask
         self._ttl_s = ttl_s
+        self._size_of = size_of
+        self._most_bytes = most_bytes
+        self._num_bytes = 0
         self._answers: dict[str, _Answer[T]] = {}
 
     async def get(self, key: str) -> T:
@@ -69,17 +90,37 @@ class HostCache(Generic[T]):
 
     def _begin(self, key: str) -> _Answer[T]:
         answer = _Answer(asyncio.create_task(self._ask(key)))
-        answer.task.add_done_callback(lambda _: setattr(answer, "since", time.monotonic()))
+        self._drop(key)
         if len(self._answers) >= _CACHED_HOSTS:
-            self._answers.pop(next(iter(self._answers)))
+            self._drop(next(iter(self._answers)))
         self._answers[key] = answer
+        answer.task.add_done_callback(lambda _: self._note(key, answer))
         return answer
 
+    def _note(self, key: str, answer: _Answer[T]) -> None:
+        """An answer has come: where all take too much, the oldest go."""
+        answer.since = time.monotonic()
+        if self._answers.get(key) is not answer or _is_error(answer.task):
+            return
+        answer.num_bytes = self._size_of(cast("T", answer.task.result()))
+        self._num_bytes += answer.num_bytes
+        while self._num_bytes > self._most_bytes:
+            others = (name for name, other in self._answers.items() if other.num_bytes and other is not answer)
+            if (oldest := next(others, None)) is None:
+                return
+            self._drop(oldest)
+
+    def _drop(self, key: str) -> None:
+        answer = self._answers.pop(key, None)
+        self._num_bytes -= answer.num_bytes if answer else 0
+
     def _ttl_of(self, task: asyncio.Task[T | FetchError]) -> float:
-        if not task.done():
-            return self._ttl_s
-        is_error = task.cancelled() or task.exception() is not None or isinstance(task.result(), FetchError)
-        return _FAILURE_TTL_S if is_error else self._ttl_s
+        return _FAILURE_TTL_S if task.done() and _is_error(task) else self._ttl_s
+
+
+def _is_error(task: asyncio.Task[Any]) -> bool:
+    """Whether a task that has ended brought no result."""
+    return task.cancelled() or task.exception() is not None or isinstance(task.result(), FetchError)
 
 
 class Resolver(aiohttp.abc.AbstractResolver):

@@ -304,6 +304,35 @@ def test_an_error_of_a_host_is_remembered_from_its_end_on(monkeypatch: pytest.Mo
     assert asked == ["a"]
 
 
+def test_the_results_of_hosts_take_no_more_than_they_may_and_the_oldest_go() -> None:
+    asked = list[str]()
+
+    async def ask(key: str) -> str | FetchError:
+        asked.append(key)
+        if key == "late":
+            await asyncio.sleep(0.1)
+        return FetchError("connect") if key == "error" else key * 40
+
+    async def run() -> None:
+        cache = HostCache[str](ask, 10, size_of=len, most_bytes=100)
+        late = asyncio.create_task(cache.get("late"))
+        await asyncio.sleep(0)
+        for key in ("a", "b", "b", "c", "c", "b"):
+            assert await cache.get(key) == key * 40
+        with pytest.raises(FetchError):
+            await cache.get("error")
+        assert asked == ["late", "a", "b", "c", "error"]
+        assert [cache.knows(key) for key in ("late", "a", "b", "c", "error")] == [False, False, True, True, True]
+        await asyncio.gather(late, cache.get("late"))  # which is asked for once, though it is the oldest
+        assert asked.count("late") == 1
+        assert [cache.knows(key) for key in ("late", "b", "c", "error")] == [True, False, False, True]
+        await cache.get("b")
+        assert [cache.knows(key) for key in ("late", "b")] == [False, True]
+        assert cache._num_bytes == 40
+
+    asyncio.run(run())
+
+
 def test_a_rate_slower_than_the_deadline_is_no_pause_that_the_host_asks_for() -> None:
     async def run() -> None:
         limits = HostLimits(max_rate=0.1)

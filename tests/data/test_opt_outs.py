@@ -1,5 +1,6 @@
 """Opt-outs of hosts: every spelling of a path is the same path, and nothing that a host sends is an error."""
 
+import asyncio
 import json
 import re
 import time
@@ -10,9 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.data import fetch
 from pipeline.data.causes import FetchError
+from pipeline.data.fetch import Fetcher
 from pipeline.data.opt_outs import MAX_BYTES, opting_directive, parse_robots, parse_tdm
-from tests.data.fetching import CONFIG, SPARE_S, cause_of, fetch_all
+from pipeline.data.urls import AddressRules
+from tests.data.fetching import CONFIG, NEAR, SPARE_S, cause_of, fetch_all
 from tests.data.hostile import HostileServer
 
 _DIRECTIVES = ("noai", "noindex")
@@ -170,6 +174,23 @@ def test_a_robots_txt_counts_as_far_as_it_is_read_and_one_that_cannot_be_read_al
     details = [one.detail if isinstance(one, FetchError) else "picture" for one in results]
     assert details == ["", "picture", "it cannot be read: body-cut", "it cannot be read: protocol"]
     assert {one.cause for one in results if isinstance(one, FetchError)} == {"robots-txt"}
+
+
+def test_the_rules_of_hosts_take_no_more_memory_than_they_may(
+    hostile: HostileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules = "".join(f"Disallow: /private/{number}\n" for number in range(100))
+    for host in (1, 2, 3):
+        hostile.robots[f"127.0.0.{host}"] = f"User-agent: *\n{rules if host < 3 else ''}"
+    monkeypatch.setattr(fetch, "_MOST_POLICY_BYTES", 30_000)  # of one host with so many rules
+
+    async def run() -> None:
+        async with Fetcher(CONFIG, AddressRules(NEAR)) as fetcher:
+            for host in (1, 3, 1, 2, 3, 2, 1):
+                (await fetcher.fetch(f"http://127.0.0.{host}:{hostile.port}/ok")).close()
+
+    asyncio.run(run())
+    assert [hostile.requests[f"127.0.0.{host}/robots.txt"] for host in (1, 2, 3)] == [2, 1, 1]
 
 
 def test_a_redirect_does_not_lead_around_robots_txt(hostile: HostileServer) -> None:
