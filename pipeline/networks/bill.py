@@ -28,7 +28,7 @@ from pipeline.workspace.store import Workspace
 Json = dict[str, Any]
 
 REQUESTS: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
-    "pairs": ((0, 36), (0, 26)),
+    "pairs": ((0, 42), (0, 29)),
     "download": ((7, 14), (4, 11)),
     "filter": ((9, 29), (4, 28)),
     "clip": ((6, 18), (0, 16)),
@@ -40,6 +40,8 @@ REQUESTS: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
 """Requests of a step that read (GET, HEAD), and that write or list (PUT, LIST): for each shard, and for the step. It is
 the table of docs/scaling.md, which a test measures, of few shards: of many, a page of a listing for each thousand files
 is left out."""
+TAR_REQUESTS = (6, 4)
+"""Requests of `pairs` for each tar of a person's own, that read and that write."""
 _PICTURE_BYTES = 25_000
 """Of a stored picture at 256 px with its texts: LAION-400M takes 10 TB for 400 million."""
 _ROW_BYTES = 150
@@ -213,6 +215,9 @@ def _requests_by_step(recipe: Recipe) -> Mapping[str, tuple[tuple[int, int], tup
     """Requests of the steps; a training is counted as the one of those in the table that reads the same files."""
     filters = ("filter",) if recipe.filter else ()
     by_step = {name: REQUESTS[name] for name in ("pairs", "download", *filters, "embed", "index")}
+    if recipe.pairs.source == "shards":
+        (_, reads), (_, writes) = REQUESTS["pairs"]
+        by_step["pairs"] = ((TAR_REQUESTS[0], reads), (TAR_REQUESTS[1], writes))
     for name, section in recipe.trained().items():
         kind = kind_of(section.model)
         if name != "clip" or recipe.clip.source == "train":

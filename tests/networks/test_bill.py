@@ -164,3 +164,15 @@ def test_the_cost_of_networks_needs_no_list(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "decoder" in result.stdout
     assert "the money is not counted: " in result.stderr
+
+
+def test_tars_of_a_person_cost_the_list_requests_of_each() -> None:
+    recipe = replace(_recipe(Path("w")), workspace="s3://bucket/w")
+    num_rows = 1000 * recipe.download.samples_per_shard
+    whole, of_tars = (
+        requests_of(one, num_rows)
+        for one in (recipe, replace(recipe, pairs=replace(recipe.pairs, source="shards", path="tars")))
+    )
+    assert [kinds["pairs"] for kinds in whole] == pytest.approx([0.042, 0.029])
+    assert [kinds["pairs"] for kinds in of_tars] == pytest.approx([6.042, 4.029])
+    assert [kinds["download"] for kinds in whole] == [kinds["download"] for kinds in of_tars]

@@ -1,0 +1,52 @@
+"""What a list of pairs from tars asks of an object store: so much of each tar, whatever their rows are."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from pipeline.data import duplicates, make_pairs
+from pipeline.networks.bill import TAR_REQUESTS
+from pipeline.recipe.plan import make_plan
+from pipeline.recipe.recipe import parse_recipe
+from pipeline.runtime.context import StepContext
+from tests.s3_server import S3Server
+from tests.scaling_page import by_the_clock
+from tests.tiny.recipe import tiny_tables
+from tests.tiny.shards import write_tar
+from tests.tiny.steps_here import run_step, steps_here
+
+_ROWS = 3
+
+
+def _count(server: S3Server, workspace: str, folder: Path, num_tars: int) -> Counter[str]:
+    """Requests of the pairs step, by kind."""
+    folder.mkdir()
+    for tar in range(num_tars):
+        names = [f"{tar}-{row}" for row in range(_ROWS)]
+        members = [(f"{name}.{suffix}", name.encode()) for name in names for suffix in ("jpg", "txt")]
+        write_tar(folder / f"{tar}.tar", members)
+    pairs = {"source": "shards", "path": str(folder), "resources": {"num_workers": 1}}
+    recipe = parse_recipe(tiny_tables(Path("replaced"), pairs=pairs) | {"workspace": workspace})
+    context = StepContext(recipe, make_plan(recipe)[0], recipe.workspace)
+    server.counted()
+    with steps_here():
+        run_step(context)
+    return Counter(one.kind for one in server.counted() if not by_the_clock(one))
+
+
+def test_a_tar_costs_a_list_so_much_whatever_rows_are_compared(
+    s3_server: S3Server, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = _count(s3_server, f"{bucket}/alone", tmp_path / "alone", 4)
+    monkeypatch.setattr(make_pairs, "MOST_READS", 2)
+    few.subtract(_count(s3_server, f"{bucket}/together", tmp_path / "together", 4))
+    assert {kind: count / 2 for kind, count in few.items() if count} == {"GET": 7, "HEAD": 2, "PUT": 3}
+    few, more = (_count(s3_server, f"{bucket}/{n}", tmp_path / str(n), n) for n in (4, 8))
+    of_tar = {kind: (count - few[kind]) / 4 for kind, count in more.items() if count != few[kind]}
+    assert of_tar == {"GET": 3, "HEAD": 3, "PUT": 4}
+    assert (of_tar["GET"] + of_tar["HEAD"], of_tar["PUT"]) == TAR_REQUESTS
+    monkeypatch.setattr(duplicates, "GROUP_ROWS", 6)
+    in_groups = _count(s3_server, f"{bucket}/groups", tmp_path / "groups", 8)
+    in_groups.subtract(more)
+    assert in_groups == {kind: 3 * count for kind, count in {"GET": 3, "HEAD": 2, "PUT": 2}.items()}  # three more
