@@ -211,9 +211,10 @@ def test_the_limits_of_hosts_outlive_their_process(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("local_ray")
 def test_without_limits_workers_share_the_pauses_that_hosts_ask_for(tmp_path: Path) -> None:
-    tables = _tables(tmp_path, ["http://a.example/a.jpg"], resources={"num_workers": 2})
-    alone = _context(_tables(tmp_path, ["http://a.example/a.jpg"]))
-    context = _context(tables)
+    context = _context(_tables(tmp_path, ["http://a.example/a.jpg"], resources={"num_workers": 2}))
+    config = context.recipe.download
+    config = replace(config, resources=replace(config.resources, num_workers=1))
+    alone = replace(context, recipe=replace(context.recipe, download=config))
 
     async def use() -> None:
         limits, others = find_limits(context), find_limits(context)

@@ -49,4 +49,5 @@ def test_a_tar_costs_a_list_so_much_whatever_rows_are_compared(
     monkeypatch.setattr(duplicates, "GROUP_ROWS", 6)
     in_groups = _count(s3_server, f"{bucket}/groups", tmp_path / "groups", 8)
     in_groups.subtract(more)
-    assert in_groups == {kind: 3 * count for kind, count in {"GET": 3, "HEAD": 2, "PUT": 2}.items()}  # three more
+    of_groups = {kind: count / 3 for kind, count in in_groups.items() if count}  # there are three more
+    assert of_groups == {"GET": 3, "HEAD": 2, "PUT": 2}
