@@ -76,7 +76,7 @@ def test_a_worker_that_is_killed_at_random_moments_ends_in_the_same_bytes(contex
     assert len(expected) == 2 * len(_SHARDS)  # embeddings, and the row that has none
 
     num_killed = 0
-    for _ in range(_NUM_KILLS):
+    while num_killed < _NUM_KILLS:
         if len(output.shard_records()) == len(_SHARDS):
             for shard in rng.sample(_SHARDS, 5):
                 output.remove(f"{shard}.done.json")
@@ -85,7 +85,6 @@ def test_a_worker_that_is_killed_at_random_moments_ends_in_the_same_bytes(contex
         os.kill(process, signal.SIGKILL)
         num_killed += _finish(process) == -signal.SIGKILL
         assert all(record.counts == {"in": 40, "ok": 39, "corrupt": 1} for record in output.shard_records().values())
-    assert num_killed > _NUM_KILLS / 4
     output.clear_temporaries()
     assert _finish(_start(context)) == 0
     assert _files(output) == expected
