@@ -124,10 +124,11 @@ class PairsConfig(StepSection):
     def path_in_key(self, path: str) -> str:
         """A folder's absolute path or URI, because the URLs of its pictures contain it; of shards, how they are read.
 
-        An earlier release named pictures without a URL by their place, and took damaged ones.
+        An earlier release named pictures without a URL by their place, took damaged ones, and the first of several
+        pictures.
         """
         if self.source == "shards":
-            return "by content, decoded"
+            return "by content, decoded, one picture"
         if self.source != "folder":
             return ""
         return path.rstrip("/") if "://" in path else str(Path(path).resolve())

@@ -352,5 +352,5 @@ def test_forget_leaves_a_damaged_picture_what_it_is(tmp_path: Path) -> None:
 
 def test_the_key_of_the_pairs_says_how_tars_are_read_and_not_where_they_lie() -> None:
     shards, listed = PairsConfig(source="shards", path="a"), PairsConfig(source="list", path="a")
-    assert shards.path_in_key("a") == shards.path_in_key("b") == "by content, decoded"
+    assert shards.path_in_key("a") == shards.path_in_key("b") == "by content, decoded, one picture"
     assert listed.path_in_key("a") == ""
