@@ -49,7 +49,7 @@ from pipeline.errors import DataError
 from pipeline.workspace.forgotten import CAUSE, Forgotten
 from pipeline.workspace.hashing import HashedFile
 from pipeline.workspace.manifest import ShardRecord, add_counts
-from pipeline.workspace.store import LIVE, Artifact
+from pipeline.workspace.store import LIVE, RECORD_SUFFIX, Artifact
 
 pc: Any = pyarrow.compute  # its functions are made when it is imported
 READ, COMPARE, REPEATS = f"{LIVE}rows/", f"{LIVE}compare/", f"{LIVE}repeats"
@@ -57,7 +57,8 @@ MOST_READS = 1024
 """Most tasks that read one list: so few files of runs are compared, however many tars there are."""
 _FETCHES = 8
 """Files of runs that come at once."""
-_PIECES = f"{LIVE}pieces.json"
+_PIECES, _EARLIER = f"{LIVE}spans.json", f"{LIVE}pieces.json"
+"""The pieces of the source; where an earlier release wrote them, whose records of tasks are those of other rows."""
 OnRows = Callable[[int], None]
 
 
@@ -85,6 +86,9 @@ class PairsMaker:
         self._output = output
         self._forgotten = forgotten
         if not output.exists(_PIECES):
+            if output.exists(_EARLIER):
+                output.remove_all([name for name in output.names() if name.endswith(RECORD_SUFFIX)])
+                output.remove(_EARLIER)
             output.write_json(_PIECES, [[asdict(span) for span in piece] for piece in source.pieces()])
         self._pieces = [[Span(**span) for span in piece] for piece in output.read_json(_PIECES)]
         self._names = numbered_names(len(self._pieces))

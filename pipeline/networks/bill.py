@@ -28,7 +28,7 @@ from pipeline.workspace.store import Workspace
 Json = dict[str, Any]
 
 REQUESTS: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
-    "pairs": ((0, 42), (0, 29)),
+    "pairs": ((0, 43), (0, 29)),
     "download": ((7, 14), (4, 11)),
     "filter": ((9, 29), (4, 28)),
     "clip": ((6, 18), (0, 16)),

@@ -110,6 +110,20 @@ def test_a_run_that_is_killed_in_any_task_continues_to_the_same_bytes(tmp_path: 
         assert _files(tmp_path / f"{stop}") == _files(tmp_path / "whole")
 
 
+def test_what_an_earlier_release_has_compared_or_written_is_done_again(tmp_path: Path) -> None:
+    source, whole, half = _parts(tmp_path / "list"), Artifact(str(tmp_path / "whole")), Artifact(str(tmp_path / "half"))
+    write_pairs(source, whole)
+    half.write_json(f"{LIVE}pieces.json", [])
+    with half.write(f"{COMPARE}0000-1024.npy") as path, path.open("wb") as stream:
+        np.save(stream, np.arange(3, dtype=np.uint64))
+    half.write_bytes("00000.parquet", b"other rows")
+    for name in (f"{COMPARE}0000-1024", "00000"):
+        half.commit_shard(ShardRecord(shard=name, counts={"in": 3, "ok": 3, "duplicate": 3}, files={}))
+    write_pairs(source, half)
+    assert _files(tmp_path / "half") == _files(tmp_path / "whole")
+    assert half.shard_records().keys() == whole.shard_records().keys()
+
+
 @pytest.mark.usefixtures("in_pieces")
 def test_tasks_of_a_phase_may_be_done_in_any_order(tmp_path: Path) -> None:
     source = _parts(tmp_path / "list")
