@@ -30,7 +30,7 @@ from pipeline.data.bodies import Body
 from pipeline.data.causes import FetchError
 from pipeline.data.resize import Boxes, Resizer, StoredPicture
 from pipeline.errors import StepError
-from pipeline.pictures.read import PictureError
+from pipeline.pictures.read import MAX_MEMORY_BYTES, PictureError
 from pipeline.recipe.sections import DownloadConfig
 
 Size = tuple[int, int]
@@ -107,14 +107,16 @@ class Decoders:
 class Measures:
     """Decodes pictures that are stored as they are, for a caller that is no coroutine; use it in a ``with`` block.
 
+    A picture may take the memory that every later reader gives it: nothing makes it smaller.
+
     Args:
-        config: The recipe's section.
+        config: The recipe's section; its memory of a picture is that of downloads, which resize.
         count: Number of processes.
     """
 
     def __init__(self, config: DownloadConfig, count: int = 1) -> None:
         self._count = count
-        self._decoders = Decoders(replace(config, blur_column=""), count)
+        self._decoders = Decoders(replace(config, blur_column="", max_memory_bytes=MAX_MEMORY_BYTES), count)
         self._runner = asyncio.Runner()
 
     def __enter__(self) -> Measures:

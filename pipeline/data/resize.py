@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.data.causes import FetchError
 from pipeline.pictures.frame import Pixels, square_box
-from pipeline.pictures.read import DecodedPicture, PictureError, read
+from pipeline.pictures.read import MAX_AREA_PX, MAX_MEMORY_BYTES, DecodedPicture, PictureError, read
 from pipeline.pictures.stored import encode, fit, load_opencv
 from pipeline.recipe.sections import DownloadConfig
 
@@ -102,11 +102,14 @@ class Resizer:
         """The sizes of a picture that is stored as it is: all of it is decoded, and nothing is encoded.
 
         Raises:
-            PictureError: If it is no picture, damaged, or too large for the recipe.
+            PictureError: If it is no picture, damaged, or too large for the recipe or for those that read it later.
         """
         config = self._config
         picture = read(
-            data, where=_WHERE, max_area_px=config.max_image_area_px, max_memory_bytes=config.max_memory_bytes
+            data,
+            where=_WHERE,
+            max_area_px=min(config.max_image_area_px, MAX_AREA_PX),
+            max_memory_bytes=min(config.max_memory_bytes, MAX_MEMORY_BYTES),
         )
         return StoredPicture(b"", picture.width, picture.height, picture.width, picture.height, None, "")
 

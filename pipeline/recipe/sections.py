@@ -146,7 +146,8 @@ class DownloadConfig(StepSection):
     max_image_area_px: PositiveFloat = 178_956_970.0
     """Largest area decoded, in pixels: a decompression bomb is refused, not decoded."""
     max_memory_bytes: PositiveInt = 256 << 20
-    """Most memory that decoding one picture may take, in bytes: by its header, before any pixel is decoded."""
+    """Most memory that decoding one picture may take, in bytes: by its header, before any pixel is decoded. One of a
+    tar that is taken in may take 1 GiB, as with all that read it later."""
     max_aspect_ratio: Annotated[float, Field(ge=1)] = 20.0
     """Largest longer side over shorter side."""
     blur_column: str = ""

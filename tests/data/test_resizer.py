@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.data import resize
 from pipeline.data.resize import Resizer
 from pipeline.pictures.frame import square
 from pipeline.pictures.read import PictureError, decode
@@ -69,6 +70,22 @@ def test_resizer_keeps_the_bytes_of_a_plain_picture_of_the_right_size_only() -> 
 def test_resizer_refuses_what_the_recipe_refuses(change: dict[str, float], reason: str) -> None:
     with pytest.raises(PictureError) as caught:
         Resizer(replace(CONFIG, **change)).store(make_picture(0))
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("limit", "reason"),
+    [({"MAX_AREA_PX": 6143}, "image area too large"), ({"MAX_MEMORY_BYTES": 20_000}, "image needs too much memory")],
+)
+def test_a_picture_that_stays_as_it_is_is_refused_where_its_readers_would_refuse_it(
+    limit: dict[str, int], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resizer = Resizer(replace(CONFIG, max_image_area_px=1e12, max_memory_bytes=1 << 40))
+    assert sizes_of(resizer.measure(make_picture(0)))[:2] == (96, 64)
+    for name, value in limit.items():
+        monkeypatch.setattr(resize, name, value)
+    with pytest.raises(PictureError) as caught:
+        resizer.measure(make_picture(0))
     assert caught.value.reason == reason
 
 

@@ -81,10 +81,13 @@ def test_a_picture_that_takes_its_decoder_down_or_keeps_it_busy_is_a_row_with_a_
     assert [(row["width"], row["height"]) for row in rows] == [(None, None), *[(96, 64)] * 4]
 
 
-def test_the_recipe_limits_what_a_picture_of_a_tar_may_take(tmp_path: Path) -> None:
-    context = _context(tmp_path, [make_picture(0), _large_png()], max_memory_bytes=1_000_000)
+def test_a_picture_of_a_tar_has_the_area_of_the_recipe_and_the_memory_of_its_readers(tmp_path: Path) -> None:
+    pictures = [make_picture(0), make_picture(1, size=(400, 300)), _large_png()]
+    context = _context(tmp_path, pictures, max_memory_bytes=20_000, max_image_area_px=1e6)
     with contextlib.closing(TakeInWorker(context)) as worker:
-        assert worker("00000").causes == {"image needs too much memory": 1}
+        record = worker("00000")
+    assert record.counts == {"in": 3, "ok": 2, "failed_to_resize": 1}
+    assert record.causes == {"image area too large": 1}
 
 
 @pytest.mark.parametrize(
