@@ -4,7 +4,7 @@ A tar that is taken in is copied where it or the workspace is remote. Elsewhere 
 stays.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import IO
 
@@ -13,6 +13,7 @@ import pyarrow as pa
 from pipeline.data.blank import are_blank
 from pipeline.data.reading import Reading
 from pipeline.data.tar_index import index_tar, picture_span, spans_of
+from pipeline.data.tar_samples import Span, urls_in
 from pipeline.data.tars import read_tar
 from pipeline.workspace.forgotten import Forgotten
 from pipeline.workspace.hashing import HashedFile
@@ -31,7 +32,8 @@ def leave_out_forgotten(download: Artifact, shard: str, table: pa.Table, forgott
         download: The artifact of the download step.
         shard: Name of the shard.
         table: The shard's table, in which the rows of forgotten pairs are empty.
-        forgotten: What is forgotten; samples of the tar that are no rows, such as repeated pairs, are compared, too.
+        forgotten: What is forgotten; samples of the tar that are no rows, such as repeated pairs and those with several
+            pictures, are compared, too.
 
     Returns:
         The table, with the places where its pictures lie now.
@@ -46,12 +48,25 @@ def leave_out_forgotten(download: Artifact, shard: str, table: pa.Table, forgott
     samples = list(read_tar(tar, Reading(lines=[(str(tar), 0)])))
     is_forgotten = forgotten.has_rows([sample.uid for sample in samples], [sample.url for sample in samples])
     keys = {sample.key for sample, goes in zip(samples, is_forgotten, strict=True) if goes}
+    keys |= _forgotten_besides(tar, {sample.key for sample in samples}, forgotten)
     keys.update(table.filter(pa.array(are_blank(table))).column("key").to_pylist())
     spans = spans_of(tar, keys)
     if spans:
         with download.write(name) as path, HashedFile(path) as target, tar.open("rb") as source:
             _copy_without(spans, source, target, tar.stat().st_size)
     return _with_places(table, download.path(name))
+
+
+def _forgotten_besides(tar: Path, usable: Collection[str], forgotten: Forgotten) -> set[str]:
+    """Keys of the forgotten ones among the samples of a tar that cannot be used."""
+    with tar.open("rb") as stream:
+
+        def read(span: Span) -> bytes:
+            stream.seek(span[0])
+            return stream.read(span[1])
+
+        others = ((key, urls_in(files, read)) for key, files in index_tar(tar).items() if key not in usable)
+        return {key for key, urls in others if any(forgotten.has(urls))}
 
 
 def _copy_without(spans: Iterable[tuple[int, int]], source: IO[bytes], target: HashedFile, num_bytes: int) -> None:

@@ -3,6 +3,7 @@
 The step that lists a tar and every reader of its pictures use this, so that none refuses what another has taken.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -70,11 +71,31 @@ def sample_of(key: str, files: Mapping[str, Span], read: Callable[[Span], bytes]
     caption = _caption(record, b"" if text is None else read(text))
     # Its content names a picture without a URL: its place would be another one after each change of the folder, and
     # what is forgotten would come back under a new name.
-    url = _url(record) or f"sha256:{hashlib.sha256(read(picture)).hexdigest()}"
+    url = _url(record) or _url_by_content(read(picture))
     (url + caption).encode()  # half of a surrogate pair is no character
     if max(len(url), len(caption)) > MAX_CELL:
         raise ValueError(f"a URL or caption longer than {MAX_CELL} characters")
     return TarSample(key, url, caption, record, picture)
+
+
+def urls_in(files: Mapping[str, Span], read: Callable[[Span], bytes]) -> list[str]:
+    """Under which URLs people may know a sample that cannot be used: that in its json, or those of its pictures.
+
+    Args:
+        files: Span of each file of its key, by its extension.
+        read: Reads a file of the tar.
+    """
+    named, urls = [(name.removeprefix(AGAIN), span) for name, span in files.items()], list[str]()
+    for name, span in named:
+        if name.lower() == "json":
+            with contextlib.suppress(ValueError):
+                urls.append(_url(_record({"json": span}, read) or {}))
+    urls = [url for url in urls if url and not has_surrogates(url)]
+    return urls or [_url_by_content(read(span)) for name, span in named if pictures_of({name: span})]
+
+
+def _url_by_content(picture: bytes) -> str:
+    return f"sha256:{hashlib.sha256(picture).hexdigest()}"
 
 
 def _record(files: Mapping[str, Span], read: Callable[[Span], bytes]) -> dict[str, Any] | None:

@@ -1,9 +1,11 @@
 """Shards that were taken in: the workspace's own copy of a tar loses forgotten pairs, its owner's tar does not."""
 
 import contextlib
+import hashlib
 import io
 import json
 import tarfile
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,17 +40,23 @@ def _url(row: int) -> str:
     return f"http://a/{row if row == 8 else row % 5}.jpg"  # the last sample but one repeats the first
 
 
-def _tar() -> bytes:
+def _tar_of(files: Iterable[tuple[str, bytes]]) -> bytes:
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as tar:
-        for key, row in [*_ROWS.items(), (_DAMAGED, 8)]:
-            record = json.dumps({"url": _url(row), "caption": f"caption {row % 5}"}).encode()
-            picture = b"no picture" if key == _DAMAGED else make_picture(row % 5)
-            for name, data in ((f"{key}.jpg", picture), (f"{key}.json", record)):
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+        for name, data in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
     return stream.getvalue()
+
+
+def _tar() -> bytes:
+    files = list[tuple[str, bytes]]()
+    for key, row in [*_ROWS.items(), (_DAMAGED, 8)]:
+        record = json.dumps({"url": _url(row), "caption": f"caption {row % 5}"}).encode()
+        picture = b"no picture" if key == _DAMAGED else make_picture(row % 5)
+        files += [(f"{key}.jpg", picture), (f"{key}.json", record)]
+    return _tar_of(files)
 
 
 def _recipe(workspace: str, source: str) -> Recipe:
@@ -131,6 +139,26 @@ def test_a_copy_of_a_tar_loses_forgotten_pairs_and_keeps_the_others(recipe: Reci
 def test_a_copy_of_a_tar_has_no_pairs_that_were_forgotten_before(recipe: Recipe) -> None:
     Forgotten("salt").add([_url(0), _url(2)], 0.0, {}, []).write(recipe.workspace)
     _require_rows(_take_in(recipe), 1, 3, 4)
+
+
+def test_a_copy_of_a_tar_has_no_forgotten_sample_that_cannot_be_used(tmp_path: Path) -> None:
+    jsons = {row: json.dumps({"url": _url(row), "caption": f"caption {row}"}).encode() for row in range(3)}
+    pictures = [make_picture(number) for number in range(4)]
+    samples = {
+        "good": [("jpg", pictures[0]), ("json", jsons[0])],
+        "twice": [("jpg", pictures[0]), ("jpg", pictures[1]), ("json", jsons[1])],
+        "several": [("jpg", pictures[0]), ("png", pictures[1]), ("json", jsons[1])],
+        "other": [("jpg", pictures[0]), ("png", pictures[1]), ("json", jsons[2])],
+        "damaged": [("jpg", pictures[0]), ("png", pictures[1]), ("json", b'{"url": "\\ud800"'), ("txt", b"text")],
+        "half": [("jpg", pictures[0]), ("png", pictures[1]), ("json", b'{"url": "\\ud800"}'), ("txt", b"text")],
+        "unnamed": [("jpg", pictures[2]), ("png", pictures[3]), ("txt", b"text")],
+    }
+    content = _tar_of([(f"{key}.{end}", data) for key, files in samples.items() for end, data in files])
+    fsspec.filesystem("memory").pipe_file(f"/{tmp_path.name}/in/0.tar", content)
+    recipe = _recipe(str(tmp_path / "w"), f"memory://{tmp_path.name}/in")
+    by_content = f"sha256:{hashlib.sha256(pictures[3]).hexdigest()}"
+    Forgotten("salt").add([_url(1), by_content], 0.0, {}, []).write(recipe.workspace)
+    assert list(index_tar(_take_in(recipe).path("00000.tar"))) == ["good", "other", "damaged", "half"]
 
 
 def test_the_tar_of_its_owner_stays(tmp_path: Path) -> None:
