@@ -59,6 +59,8 @@ class HostCache(Generic[T]):
         self._most_bytes = most_bytes
         self._num_bytes = 0
         self._answers: dict[str, _Answer[T]] = {}
+        self._sized: dict[str, None] = {}
+        """Keys of the results that take memory, in the order in which they came."""
 
     async def get(self, key: str) -> T:
         """The result of a key.
@@ -104,14 +106,14 @@ class HostCache(Generic[T]):
             return
         answer.num_bytes = self._size_of(cast("T", answer.task.result()))
         self._num_bytes += answer.num_bytes
-        while self._num_bytes > self._most_bytes:
-            others = (name for name, other in self._answers.items() if other.num_bytes and other is not answer)
-            if (oldest := next(others, None)) is None:
-                return
-            self._drop(oldest)
+        if answer.num_bytes:
+            self._sized[key] = None
+        while self._num_bytes > self._most_bytes and len(self._sized) > 1:
+            self._drop(next(iter(self._sized)))
 
     def _drop(self, key: str) -> None:
         answer = self._answers.pop(key, None)
+        self._sized.pop(key, None)
         self._num_bytes -= answer.num_bytes if answer else 0
 
     def _ttl_of(self, task: asyncio.Task[T | FetchError]) -> float:

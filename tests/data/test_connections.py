@@ -333,6 +333,29 @@ def test_the_results_of_hosts_take_no_more_than_they_may_and_the_oldest_go() -> 
     asyncio.run(run())
 
 
+def test_the_result_that_came_first_goes_first_whenever_it_was_asked_for() -> None:
+    may_come = asyncio.Event()
+
+    async def ask(key: str) -> str:
+        if key == "slow":
+            await may_come.wait()
+        return "" if key.startswith("empty") else key * 10
+
+    async def run() -> None:
+        cache = HostCache[str](ask, 10, size_of=len, most_bytes=100)
+        slow = asyncio.create_task(cache.get("slow"))
+        await asyncio.sleep(0)
+        for key in ("empty 1", "fast", "empty 2"):
+            await cache.get(key)
+        may_come.set()
+        await slow
+        assert list(cache._sized) == ["fast", "slow"]  # what takes nothing is not looked through
+        await cache.get("last")
+        assert [cache.knows(key) for key in ("slow", "fast", "last", "empty 1")] == [True, False, True, True]
+
+    asyncio.run(run())
+
+
 def test_a_rate_slower_than_the_deadline_is_no_pause_that_the_host_asks_for() -> None:
     async def run() -> None:
         limits = HostLimits(max_rate=0.1)
