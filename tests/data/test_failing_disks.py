@@ -47,12 +47,12 @@ class _Unsteady(io.FileIO):
 
 @pytest.fixture
 def unsteady(monkeypatch: pytest.MonkeyPatch) -> Generator[type[_Unsteady]]:
-    """Arrow reads files of this kind, and nobody is patient for long."""
+    """Arrow reads files of this kind, and asks again at once."""
     opened, read_schema = pq.ParquetFile, pq.read_schema
     monkeypatch.setattr(pq, "ParquetFile", lambda path: opened(_Unsteady(path)))
     monkeypatch.setattr(pq, "read_schema", lambda path: read_schema(_Unsteady(path)))
     monkeypatch.setattr(disk, "_FIRST_WAIT_S", 0.001)
-    monkeypatch.setattr(disk, "_PATIENCE_S", 0.1)
+    monkeypatch.setattr(disk, "_PATIENCE_S", 60.0)
     yield _Unsteady
     _Unsteady.reads_left = _Unsteady.failures_left = 0
     _Unsteady.code = errno.ESTALE
@@ -80,13 +80,14 @@ def embeddings(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", _READS)
 def test_a_table_that_storage_does_not_give_for_a_moment_is_read_again(
-    name: str, embeddings: Path, unsteady: type[_Unsteady]
+    name: str, embeddings: Path, unsteady: type[_Unsteady], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = _READS[name]
     expected = read(embeddings)
     for first in range(8):  # at the opening, and at each later read that there is
         unsteady.reads_left, unsteady.failures_left = first, 2
         assert read(embeddings) == expected
+    monkeypatch.setattr(disk, "_PATIENCE_S", 0.01)
     unsteady.reads_left, unsteady.failures_left = 0, 10**6
     with pytest.raises(StepError, match=rf"^{embeddings}: cannot be read: .*see that this storage is mounted"):
         read(embeddings)

@@ -125,6 +125,7 @@ async def _turns(num_turns: int = 10) -> None:
 
 def test_a_pause_that_a_host_asks_of_one_worker_holds_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     async def use() -> None:
+        monkeypatch.setattr(host_limits, "_LOOK_EVERY_S", 1e9)
         actor = _PausesActor()
         one, other = ClusterPauses(actor), ClusterPauses(actor)
         await one.pause("busy", 60)
