@@ -339,11 +339,10 @@ def _entries_of(value: Any) -> list[Entry]:
         return _joined(images, annotations)
     if any(isinstance(image, dict) and "sentences" in image for image in images):
         return [entry for number, image in enumerate(images, start=1) for entry in _captioned(image, number)]
-    rows = _rows_of_columns(tables)
-    is_column = len(tables) > 1 and rows and any(isinstance(one, ValueError) for one in data)
-    if data and not is_column:
+    has_faults = any(isinstance(one, ValueError) for one in data)
+    if data and not (has_faults and len(tables) > 1 and _rows_of_columns(tables)):
         return data
-    if rows:
+    if rows := _rows_of_columns(tables):
         return [*rows]
     raise UnknownShapeError(f"must hold {_SHAPES}, or COCO's images and annotations")
 
