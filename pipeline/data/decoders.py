@@ -107,16 +107,16 @@ class Decoders:
 class Measures:
     """Decodes pictures that are stored as they are, for a caller that is no coroutine; use it in a ``with`` block.
 
-    A picture may take the memory that every later reader gives it: nothing makes it smaller.
+    A worker has a decoder for each of its processors. A picture may take the memory that every later reader gives it:
+    nothing makes it smaller.
 
     Args:
         config: The recipe's section; its memory of a picture is that of downloads, which resize.
-        count: Number of processes.
     """
 
-    def __init__(self, config: DownloadConfig, count: int = 1) -> None:
-        self._count = count
-        self._decoders = Decoders(replace(config, blur_column="", max_memory_bytes=MAX_MEMORY_BYTES), count)
+    def __init__(self, config: DownloadConfig) -> None:
+        self._count = max(1, int(config.resources.cpus_per_worker))
+        self._decoders = Decoders(replace(config, blur_column="", max_memory_bytes=MAX_MEMORY_BYTES), self._count)
         self._runner = asyncio.Runner()
 
     def __enter__(self) -> Measures:

@@ -57,14 +57,13 @@ class TakeInWorker:
         from pipeline.data.pairs import Pairs
         from pipeline.data.sources import tars_of
 
-        config = context.recipe.download
         self._output = context.output
         self._forgotten = Forgotten.read(context.root)
         self._pairs = Pairs(context.inputs["pairs"])
         self._tars = tars_of(context.recipe.pairs, self._pairs.parts)
         self._lists = {part.name: part.list_number for part in self._pairs.parts}
         self._stack = contextlib.ExitStack()  # left open: a worker's process ends, and its decoders with it
-        self._measures = self._stack.enter_context(Measures(config, max(1, int(config.resources.cpus_per_worker))))
+        self._measures = self._stack.enter_context(Measures(context.recipe.download))
 
     def __call__(self, shard: str) -> ShardRecord:
         """Take in one shard and commit it."""

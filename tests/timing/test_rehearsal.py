@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pipeline.data.decoders import Measures
+from pipeline.data.decoders import Measures, _Decoder
 from pipeline.data.download import Downloader
 from pipeline.data.make_pairs import write_pairs
 from pipeline.data.pairs import Pairs
@@ -54,9 +54,19 @@ def test_the_time_of_shards_is_that_of_whole_tars(tmp_path: Path, monkeypatch: p
     folder.mkdir()
     for number, num_samples in enumerate((1200, 8)):
         _write_tar(folder / f"{number}.tar", num_samples)
-    recipe = parse_recipe(tiny_tables(tmp_path / "w", pairs={"source": "shards", "path": str(folder)}))
+    tables = {"pairs": {"source": "shards", "path": str(folder)}, "download": {"resources": {"cpus_per_worker": 2.0}}}
+    recipe = parse_recipe(tiny_tables(tmp_path / "w", **tables))
+    decoders, start_decoder = list[Any](), _Decoder.start
+
+    async def start(decoder: Any) -> None:
+        decoders.append(decoder)
+        await start_decoder(decoder)
+
     rehearsal = Rehearsal(recipe, tmp_path / "rehearsal", {})
-    units = [rehearsal.pairs(), rehearsal.download()]
+    with monkeypatch.context() as patch:
+        patch.setattr(_Decoder, "start", start)
+        units = [rehearsal.pairs(), rehearsal.download()]
+    assert len(decoders) == 2  # as many as the step's workers have
 
     pairs, shards = Artifact(str(tmp_path / "pairs")), Artifact(str(tmp_path / "shards-taken"))
     times = [time.perf_counter()]
@@ -66,9 +76,9 @@ def test_the_time_of_shards_is_that_of_whole_tars(tmp_path: Path, monkeypatch: p
         times[-1] = time.perf_counter()
         take_in(str(folder / "0.tar"), Pairs(pairs).part("00000"), "00000", shards, measures)
     times.append(time.perf_counter())
-    for unit, start, end in zip(units, times, times[1:], strict=False):
+    for unit, begin, end in zip(units, times, times[1:], strict=False):
         # For each of its 16 rows, the time of the whole tar was 75 times as long.
-        assert (end - start) / 1200 / 60 < unit.row_s < (end - start) / 1200 * 60
+        assert (end - begin) / 1200 / 60 < unit.row_s < (end - begin) / 1200 * 60
         assert unit.fixed_s == 0
     assert rehearsal.num_good == rehearsal.num_pairs == 16  # the other steps are rehearsed on these
 
