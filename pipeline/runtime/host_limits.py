@@ -139,11 +139,14 @@ class ClusterPauses(HostLimits):
 
     Args:
         actor: The actor that holds them. A download goes on without it.
+        deadline_s: Longest pause that others hear of: a longer one ends rows, and one server of a host that has many
+            must not end those of all workers.
     """
 
-    def __init__(self, actor: Any) -> None:
+    def __init__(self, actor: Any, deadline_s: float) -> None:
         super().__init__()
         self._actor = actor
+        self._deadline_s = deadline_s
         self._number = 0
         """The newest pause that this worker has heard of."""
         self._next_look = 0.0
@@ -159,7 +162,8 @@ class ClusterPauses(HostLimits):
     async def pause(self, host: str, seconds: float) -> None:
         """See ``pipeline.data.hosts.Limits``."""
         await super().pause(host, seconds)
-        self._actor.pause.remote(host, seconds)
+        if seconds <= self._deadline_s:
+            self._actor.pause.remote(host, seconds)
 
     async def _hear(self) -> None:
         """Keep what others have heard of since the last look."""
@@ -201,7 +205,9 @@ def find_limits(context: StepContext) -> Limits | None:
     """What ``shared_limits`` shares, in a worker; None: nothing."""
     if _are_limited(context):
         return ClusterLimits(ray.get_actor(_name(context)))
-    return ClusterPauses(ray.get_actor(_name(context))) if _are_paused_by_all(context) else None
+    if _are_paused_by_all(context):
+        return ClusterPauses(ray.get_actor(_name(context)), context.recipe.download.deadline_s)
+    return None
 
 
 def _are_limited(context: StepContext) -> bool:

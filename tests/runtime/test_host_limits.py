@@ -127,7 +127,7 @@ def test_a_pause_that_a_host_asks_of_one_worker_holds_for_all(monkeypatch: pytes
     async def use() -> None:
         monkeypatch.setattr(host_limits, "_LOOK_EVERY_S", 1e9)
         actor = _PausesActor()
-        one, other = ClusterPauses(actor), ClusterPauses(actor)
+        one, other = ClusterPauses(actor, 60), ClusterPauses(actor, 60)
         await one.pause("busy", 60)
         await _turns()
         for _ in range(1000):
@@ -147,9 +147,25 @@ def test_a_pause_that_a_host_asks_of_one_worker_holds_for_all(monkeypatch: pytes
     asyncio.run(use())
 
 
+def test_a_pause_that_ends_the_rows_of_one_worker_ends_no_others() -> None:
+    async def use() -> None:
+        actor = _PausesActor()
+        one, other = ClusterPauses(actor, 30), ClusterPauses(actor, 30)
+        await one.pause("for long", 31)
+        await one.pause("for a while", 30)
+        await _turns()
+        assert await other.start("idle")
+        await _turns()
+        assert [await one.start(host) for host in ("for long", "for a while")] == [NO_LEASE] * 2
+        assert await other.start("for long")
+        assert await other.start("for a while") == NO_LEASE
+
+    asyncio.run(use())
+
+
 def test_workers_go_on_without_the_process_that_holds_the_pauses() -> None:
     async def use() -> None:
-        limits = ClusterPauses(actor := _PausesActor(ray.exceptions.ActorDiedError()))
+        limits = ClusterPauses(actor := _PausesActor(ray.exceptions.ActorDiedError()), 60)
         assert await limits.start("a")
         await _turns()
         limits._next_look = 0.0
