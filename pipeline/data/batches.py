@@ -299,7 +299,10 @@ class Samples:
             self._open_shards.move_to_end(number)
         if is_new:
             try:
-                shard.set_result(self._fetch(number))
+                fetched = self._fetch(number)
+                with self._lock:
+                    self._open_shards.move_to_end(number)  # it came last, however early it was asked for
+                shard.set_result(fetched)
             except BaseException as error:  # those that wait must hear of whatever ends this thread's work
                 with self._lock:
                     del self._open_shards[number]

@@ -1,6 +1,6 @@
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,11 +133,13 @@ class _SlowShard:
 
     def __init__(self, reader: Any, error: Exception | None = None) -> None:
         self.begun, self.goes_on, self.done = threading.Event(), threading.Event(), list[str]()
+        self.num_begun = 0
         self._read, self._error = reader.table, error
         reader.table = self._table
 
     def _table(self, name: str) -> ShardTable:
         if name == "00000":
+            self.num_begun += 1
             self.begun.set()
             assert self.goes_on.wait(10)
             if self._error is not None:
@@ -165,29 +167,63 @@ def test_a_shard_that_is_being_fetched_holds_up_no_other_one() -> None:
     assert slow.done == ["00001", "00002", "00003", "00000"]
 
 
-def test_a_shard_is_fetched_once_for_all_threads_that_wait_for_it() -> None:
+@pytest.fixture
+def waiting(monkeypatch: pytest.MonkeyPatch) -> threading.Semaphore:
+    """Is released by each thread that waits for a shard which another one fetches."""
+    semaphore = threading.Semaphore(0)
+
+    class Shard(Future[Any]):
+        def result(self, timeout: float | None = None) -> Any:
+            semaphore.release()
+            return super().result(timeout)
+
+    monkeypatch.setattr(module, "Future", Shard)
+    return semaphore
+
+
+def test_a_shard_is_fetched_once_for_all_threads_that_wait_for_it(waiting: threading.Semaphore) -> None:
     opened = list[str]()
     reader = _noting_reader(2, opened)
     samples, slow = Samples(reader, 0), _SlowShard(reader)
     with ThreadPoolExecutor(3) as threads:
         batches = [threads.submit(samples.batch, _rows_of(0, 1)) for _ in range(3)]
         assert slow.begun.wait(10)
+        assert all(waiting.acquire(timeout=10) for _ in range(2))
         slow.goes_on.set()
         assert {batch.result().captions for batch in batches} == {("00000-0", "00001-0")}
     assert sorted(opened) == ["00000", "00001"]
 
 
-def test_a_shard_that_could_not_be_fetched_fails_all_that_wait_and_is_fetched_when_it_is_asked_for_again() -> None:
+def test_a_shard_that_could_not_be_fetched_fails_all_that_wait_and_is_fetched_when_it_is_asked_for_again(
+    waiting: threading.Semaphore,
+) -> None:
     reader = _noting_reader(2, list[str]())
     read = reader.table
     samples, slow = Samples(reader, 0), _SlowShard(reader, StepError("away"))
     with ThreadPoolExecutor(2) as threads:
         batches = [threads.submit(samples.batch, _rows_of(0)) for _ in range(2)]
         assert slow.begun.wait(10)
+        assert waiting.acquire(timeout=10)
         slow.goes_on.set()
         assert [type(batch.exception()) for batch in batches] == [StepError, StepError]
+    assert slow.num_begun == 1
     reader.table = read
     assert samples.batch(_rows_of(0)).captions == ("00000-0",)
+
+
+def test_a_shard_that_came_late_is_not_the_first_that_is_let_go() -> None:
+    reader, opened = _noting_reader(4, list[str]()), list[str]()
+    samples, slow = Samples(reader, 0, window_rows=8), _SlowShard(reader)  # two shards stay open
+    with ThreadPoolExecutor(1) as threads:
+        first = threads.submit(samples.batch, _rows_of(0))
+        assert slow.begun.wait(10)
+        samples.batch(_rows_of(1, 2))
+        slow.goes_on.set()
+        assert first.result().captions == ("00000-0",)
+    reader.table = lambda name: opened.append(name) or slow._table(name)
+    for shard in (0, 2, 1):
+        samples.batch(_rows_of(shard))
+    assert opened == ["00001"]
 
 
 def test_workers_of_two_machines_open_the_shards_of_their_own_streams() -> None:
