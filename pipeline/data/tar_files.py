@@ -27,20 +27,21 @@ class LocalTar:
         path: The tar.
 
     Raises:
-        StepError: If the storage does not give it, also after minutes; so of every read.
+        StepError: If the storage does not give it, also after minutes, or gives another tar that was put in its place;
+            so of every read.
     """
 
     def __init__(self, path: Path) -> None:
         self.file: Path | str = path
         """What messages and ``repair_hint`` call it."""
         self._path = path
-        self._handle = patiently(lambda: os.open(path, os.O_RDONLY), str(path))
+        self._handle, self._facts = patiently(self._open, str(path))
         weakref.finalize(self, os.close, self._handle)
 
     @property
     def num_bytes(self) -> int:
         """Its size."""
-        return self._patiently(lambda: os.fstat(self._handle)).st_size
+        return self._facts[0]
 
     def read(self, start: int, stop: int) -> bytes:
         """Bytes of it; fewer where it ends."""
@@ -65,14 +66,26 @@ class LocalTar:
             try:
                 return action()
             except OSError:
-                handle = os.open(self._path, os.O_RDONLY)
+                handle, facts = self._open()
                 try:  # the handle keeps its number: other threads may be reading by it
+                    if facts != self._facts:  # the places that were found in the other one say nothing of it
+                        raise StepError(f"{self._path}: was written again since it was opened; run again") from None
                     os.dup2(handle, self._handle, inheritable=False)
                 finally:
                     os.close(handle)
                 raise
 
         return patiently(act, str(self._path))
+
+    def _open(self) -> tuple[int, tuple[int, int]]:
+        """A handle of the file; and its size and the time of its last change, by which it is known again."""
+        handle = os.open(self._path, os.O_RDONLY)
+        try:
+            facts = os.fstat(handle)
+        except OSError:
+            os.close(handle)
+            raise
+        return handle, (facts.st_size, facts.st_mtime_ns)
 
 
 class FarTar:

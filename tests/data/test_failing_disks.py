@@ -166,11 +166,11 @@ def _fail_arrow(patch: pytest.MonkeyPatch, name: str) -> list[str]:
 def test_a_picture_that_storage_does_not_give_for_a_moment_is_read_again(
     indexed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A server has written the tar anew: what is read by the old handle fails for ever."""
+    """A server has the tar under another number: what is read by the old handle fails for ever."""
     tar, _ = noisy_shard(tmp_path, failed=())
     pictures = ShardPictures(tar, "00000", indexed=indexed)
     old, read, failed = tar.stat().st_ino, os.pread, list[int]()
-    shutil.copyfile(tar, tmp_path / "copy")
+    shutil.copy2(tar, tmp_path / "copy")  # with its time
     (tmp_path / "copy").replace(tar)
 
     def fail(handle: int, num_bytes: int, start: int) -> bytes:
@@ -183,6 +183,28 @@ def test_a_picture_that_storage_does_not_give_for_a_moment_is_read_again(
     monkeypatch.setattr(os, "pread", fail)
     assert pictures.read("0000001", _UIDS[1]) == make_jpeg(1, size=(32, 33))
     assert pictures.read("0000002", _UIDS[2]) == make_jpeg(2, size=(32, 34))
+    assert len(failed) == 1
+
+
+def test_a_tar_that_was_written_again_without_some_samples_is_not_read_by_the_places_of_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tar, _ = noisy_shard(tmp_path, failed=())
+    pictures = ShardPictures(tar, "00000")
+    shorter, _ = noisy_shard(tmp_path / "again", failed=(0, 2, 3))
+    shorter.replace(tar)
+    read, failed = os.pread, list[int]()
+
+    def fail(handle: int, num_bytes: int, start: int) -> bytes:
+        if not failed:
+            failed.append(start)
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return read(handle, num_bytes, start)
+
+    monkeypatch.setattr(disk, "_FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(StepError, match=rf"^{tar}: was written again since it was opened; run again$"):
+        pictures.read("0000001", _UIDS[1])
     assert len(failed) == 1
 
 
