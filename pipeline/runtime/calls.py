@@ -29,15 +29,26 @@ class MachineLostError(Exception):
     """The machine of a task has gone; says how that was seen."""
 
 
-def call(function: Callable[..., Any], *arguments: Any, options: dict[str, Any]) -> Any:
+class GivenUpError(Exception):
+    """A task was waited for in vain."""
+
+
+def call(
+    function: Callable[..., Any],
+    *arguments: Any,
+    options: dict[str, Any],
+    is_given_up: Callable[[], bool] = lambda: False,
+) -> Any:
     """Run a function in a task, once, and wait for what it returns.
 
     Args:
         function: What to run; Ray sends it by reference.
         arguments: What it is called with.
         options: Ray's options for the task; its name is "STEP: WHAT", and names its log.
+        is_given_up: Whether to wait no longer for a process that does not end; asked from time to time.
 
     Raises:
+        GivenUpError: If ``is_given_up`` says so; the process may be there still.
         MachineLostError: If the task's machine has ended, or is cut off.
         RayTaskError: If the function raised an error, which is its ``cause``.
         RayError: If its process ended.
@@ -51,6 +62,9 @@ def call(function: Callable[..., Any], *arguments: Any, options: dict[str, Any])
     values, machine, is_missing, living = submit(), "", False, living_machines()
     while True:
         if not ray.wait([values], timeout=_LOOK_S)[0]:
+            if is_given_up():
+                ray.cancel(values, force=True)  # for the case that it can be ended after all
+                raise GivenUpError
             if is_missing:  # seen twice: what it has sent before may still be on its way
                 raise MachineLostError("it is cut off from the others")
             before, living = living, living_machines()

@@ -31,8 +31,12 @@ _LOOKS = 20
 _SLOWER = 2.0
 """A step may take so many times the slowest before it, whatever the recipe says: some trainings on CPUs are slow."""
 _LAST_LOOK_S = 5.0
+_SLOW_LOOK_S = 1.0
+"""A look that takes so much longer than the time between two says nothing: the storage did not answer meanwhile."""
+_ENDS_WITHIN_S = 120.0
+"""A process that is still there so long after it was to be ended waits for a device or a storage, and cannot end."""
 _SAME_PROCESS_S = 5.0
-"""Largest difference of two readings of the time at which a process began: they depend on the machine's clock."""
+"""Largest difference of two readings of the time at which a process began: they come from clocks of whole seconds."""
 
 
 class _Repeated:
@@ -103,23 +107,35 @@ class Pulse(_Repeated):
         if not self._is_alone or not ray.is_initialized():
             return
         self._looks += 1
-        state = {
+        self._context.own_output.write_json(_PULSE, self.state() | _this_process())
+
+    def state(self) -> Json:
+        """What the worker is at."""
+        return {
             "attempt": self._context.attempt,
             "looks": self._looks,
             "steps": self._steps,
             "may_hang": self._is_step and self._steps > 1,
             "slowest_s": round(self._slowest_s, 3),
         }
-        self._context.own_output.write_json(_PULSE, state | _this_process())
 
 
 def _this_process() -> Json:
-    process = psutil.Process()
-    return {
-        "machine": ray.get_runtime_context().get_node_id(),
-        "process": os.getpid(),
-        "begun": process.create_time(),
-    }
+    number = os.getpid()
+    return {"machine": ray.get_runtime_context().get_node_id(), "process": number, "begun": begun_s(number)}
+
+
+def begun_s(number: int) -> float:
+    """Seconds from the start of this machine to that of one of its processes; no change of the clock changes them.
+
+    The time of day at which a process began is counted from the machine's start, too, and that is reckoned anew from
+    each new time of the clock.
+
+    Raises:
+        NoSuchProcess: If there is none.
+    """
+    machine = psutil.boot_time()  # first: older releases of psutil keep it for the process
+    return psutil.Process(number).create_time() - machine
 
 
 class Stillness:
@@ -161,16 +177,29 @@ class HangWatch(_Repeated):
         self._context, self._timeout_s = context, timeout_s
         self._stillness = Stillness(timeout_s)
         self._task: Any = None
+        self._ended_at: float | None = None
+        """When the worker was first ended; None if it has not hung since it was last seen."""
         self.end: End | None = None
         """How the start has ended, if it was ended here."""
 
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the worker was ended so long ago that it cannot be, given that its process is still there."""
+        ended_at = self._ended_at
+        return ended_at is not None and time.monotonic() - ended_at > _ENDS_WITHIN_S
+
     def look(self) -> None:
         """Read the pulse, and end a worker that has none any more; a process that stands still cannot end itself."""
-        pulse = self._read()
-        if not self._stillness.is_too_long(pulse, time.monotonic()) or pulse is None:
+        asked_at = time.monotonic()
+        pulse, now = self._read(), time.monotonic()
+        if now - asked_at > self._every_s + _SLOW_LOOK_S:
+            pulse = None  # it may be that of a worker which has waited for the same storage, and goes on now
+        if not self._stillness.is_too_long(pulse, now) or pulse is None:
+            self._ended_at = None
             return
         limit = f"{duration(self._timeout_s)} (resources.hang_timeout_s)"
         self.end = End("failed", f"its worker hung: no step has ended for {limit}")
+        self._ended_at = now if self._ended_at is None else self._ended_at
         if self._task is None or ray.wait([self._task], timeout=0)[0]:
             there = NodeAffinitySchedulingStrategy(pulse["machine"], soft=False)
             self._task = _kill.options(scheduling_strategy=there).remote(pulse["process"], pulse["begun"])
@@ -184,10 +213,16 @@ class HangWatch(_Repeated):
         return None
 
 
-@ray.remote(num_cpus=0, max_retries=0)
-def _kill(number: int, begun: float) -> None:
-    """End a process of this machine, unless it has ended and another one has its number."""
+def kill(number: int, begun: float) -> None:
+    """End a process of this machine, unless it has ended and another one has its number.
+
+    Args:
+        number: Of the process.
+        begun: What ``begun_s`` says of it.
+    """
     with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(number)
-        if abs(process.create_time() - begun) < _SAME_PROCESS_S:
-            process.kill()
+        if abs(begun_s(number) - begun) < _SAME_PROCESS_S:
+            psutil.Process(number).kill()
+
+
+_kill: Any = ray.remote(num_cpus=0, max_retries=0)(kill)

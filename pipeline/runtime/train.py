@@ -23,7 +23,7 @@ from pipeline.allocator import is_out_of_memory, keep_freed_heaps
 from pipeline.errors import ConfigError, StepError, UnclipError
 from pipeline.recipe.plan import earlier_trainings
 from pipeline.recipe.train_sections import TrainResources
-from pipeline.runtime.calls import MachineLostError, call
+from pipeline.runtime.calls import GivenUpError, MachineLostError, call
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.hang import HangWatch, Pulse
 from pipeline.runtime.lost_workers import end_of, forget_places, here, last_line, note_places
@@ -118,7 +118,11 @@ def _fit_one(context: StepContext, resources: TrainResources) -> End:
     machines, watch = living_machines(), HangWatch(context, resources.hang_timeout_s)
     try:
         with watch:
-            return call(_run_alone, context, options={"name": f"{context.step.name}: train", **options})
+            options = {"name": f"{context.step.name}: train", **options}
+            return call(_run_alone, context, options=options, is_given_up=lambda: watch.is_stuck)
+    except GivenUpError:  # it may wake up, but writes nothing once another start has begun
+        assert watch.end is not None  # it is stuck
+        return replace(watch.end, cause=f"{watch.end.cause}, and its process does not end")
     except MachineLostError as error:
         return End("preempted", f"a machine was lost ({error})")
     except ray.exceptions.RayTaskError as error:
@@ -126,7 +130,9 @@ def _fit_one(context: StepContext, resources: TrainResources) -> End:
             raise error.cause from None
         return End("failed", last_line(error), error=error)
     except ray.exceptions.RayError as error:
-        return watch.end or end_of(context, error, machines)
+        end = end_of(context, error, machines)
+        # Memory that runs out, and a machine that goes silent, let a worker stand still, too.
+        return watch.end if watch.end is not None and end.kind == "failed" else end
 
 
 def _fit_many(context: StepContext, resources: TrainResources) -> End:

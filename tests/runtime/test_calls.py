@@ -17,7 +17,7 @@ import ray
 
 from pipeline.errors import DataError, StepError
 from pipeline.runtime import calls
-from pipeline.runtime.calls import MachineLostError, call, call_again, failure_of
+from pipeline.runtime.calls import GivenUpError, MachineLostError, call, call_again, failure_of
 from pipeline.runtime.placement import controller_options, living_machines
 from pipeline.workspace.progress import ERROR
 from pipeline.workspace.store import Artifact
@@ -159,6 +159,26 @@ def test_a_machine_that_ends_is_told_from_a_process_that_fails(far: subprocess.P
     with pytest.raises(MachineLostError):
         call(_sleeps, str(mark), options=_FAR)
     thread.join()
+
+
+def _sleeps_by_number(mark: str) -> None:
+    Path(mark).write_text(str(os.getpid()))
+    time.sleep(3600)
+
+
+@pytest.mark.usefixtures("head")
+def test_a_task_that_is_given_up_is_left_and_ended_if_it_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = tmp_path / "mark"
+    monkeypatch.setattr(calls, "_LOOK_S", 0.2)
+    options = {"num_cpus": 1}
+    with pytest.raises(GivenUpError):
+        call(
+            _sleeps_by_number, str(mark), options=options, is_given_up=lambda: mark.exists() and mark.stat().st_size > 0
+        )
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(int(mark.read_text())).wait(60)
 
 
 def _says_no_place_at_first(_name: str, _function: Callable[..., Any], mark: str) -> Generator[str]:

@@ -1,13 +1,21 @@
 """A training on one worker that hangs is ended and goes on; one that compiles, validates or waits is left alone."""
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 
 from pipeline.recipe.recipe import Recipe, parse_recipe
-from pipeline.runtime.hang import HangWatch, Stillness
+from pipeline.runtime import hang, train
+from pipeline.runtime.calls import GivenUpError
+from pipeline.runtime.context import StepContext
+from pipeline.runtime.hang import HangWatch, Pulse, Stillness, begun_s, kill
+from pipeline.runtime.restarts import End
 from pipeline.runtime.train import run_training
 from pipeline.train.job import run_job
 from pipeline.train.resume import checkpoint_steps
@@ -80,6 +88,149 @@ def test_the_pulse_of_an_earlier_start_ends_no_worker(tmp_path: Path) -> None:
     assert watch.end is None
 
 
+class _Clock:
+    """The seconds that the watch and the worker read, and what the watch wants to end."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.kills = 0.0, list[int]()
+        monkeypatch.setattr(hang, "time", self)
+        monkeypatch.setattr(hang, "_kill", self)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def options(self, **_: Any) -> "_Clock":
+        return self
+
+    def remote(self, process: int, _begun: float) -> None:
+        self.kills.append(process)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> _Clock:
+    return _Clock(monkeypatch)
+
+
+class _Storage:
+    """What a watch reads of one worker, and how long it takes."""
+
+    def __init__(self, context: StepContext, clock: _Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pulse = {"attempt": context.attempt, "looks": 1, "steps": 2, "may_hang": True, "slowest_s": 0.0}
+        self.pulse |= {"machine": "", "process": 7, "begun": 0.0}
+        self.takes_s, self._clock = 0.0, clock
+        monkeypatch.setattr(Artifact, "find_json", lambda *_: self.read())
+
+    def read(self) -> dict[str, Any]:
+        self._clock.now += self.takes_s
+        return self.pulse
+
+
+def test_a_storage_that_does_not_answer_for_long_ends_no_worker(
+    tmp_path: Path, clock: _Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = upsampler_context(_recipe(tmp_path))
+    storage, watch = _Storage(context, clock, monkeypatch), HangWatch(context, LIMIT_S)
+    watch.look()
+    storage.takes_s = 1.2 * LIMIT_S  # and then it shows what was written before
+    watch.look()
+    storage.takes_s = 0.05 * LIMIT_S
+    clock.now += 0.8 * LIMIT_S
+    watch.look()
+    assert (clock.kills, watch.end) == ([], None)
+    clock.now += 0.4 * LIMIT_S
+    watch.look()
+    assert clock.kills == [7]
+    assert watch.end is not None
+
+
+def test_a_worker_that_cannot_be_ended_is_stuck_until_it_takes_a_step(
+    tmp_path: Path, clock: _Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = upsampler_context(_recipe(tmp_path))
+    storage, watch, answers = _Storage(context, clock, monkeypatch), HangWatch(context, LIMIT_S), list[bool]()
+    for wait_s in (0.0, 1.2 * LIMIT_S, 80.0, 80.0):
+        clock.now += wait_s
+        watch.look()
+        answers.append(watch.is_stuck)
+    assert (answers, clock.kills) == ([False, False, False, True], [7, 7, 7])
+    storage.pulse |= {"looks": 2, "steps": 3}
+    watch.look()
+    assert not watch.is_stuck
+
+
+def test_a_worker_says_how_long_its_steps_take_and_when_one_may_hang(tmp_path: Path, clock: _Clock) -> None:
+    pulse, states = Pulse(upsampler_context(_recipe(tmp_path)), LIMIT_S, 1), list[dict[str, Any]]()
+    for clock.now, is_step in ((0.0, True), (10.0, True), (40.0, False), (90.0, True)):
+        pulse(is_step)
+        states.append(pulse.state())
+    assert [state["steps"] for state in states] == [1, 2, 2, 3]
+    assert [state["may_hang"] for state in states] == [False, True, False, True]
+    assert [state["slowest_s"] for state in states] == [0.0, 10.0, 30.0, 30.0]
+
+
+def test_a_process_is_known_by_its_number_and_its_age_also_after_the_clock_was_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        begun, machine = begun_s(process.pid), psutil.boot_time()
+        kill(process.pid, begun + 60)  # one that had its number before
+        assert process.poll() is None
+        monkeypatch.setattr("psutil._pslinux.boot_time", lambda: machine + 3600.0)
+        assert psutil.Process(process.pid).create_time() > time.time() + 3000
+        kill(process.pid, begun)
+        assert process.wait(60) < 0
+
+
+class _StuckWatch(HangWatch):
+    """Has ended its worker, whose process is there still."""
+
+    def __init__(self, context: StepContext, timeout_s: float) -> None:
+        super().__init__(context, timeout_s)
+        self.end = End("failed", "its worker hung")
+
+    @property
+    def is_stuck(self) -> bool:
+        return True
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("error", "counts", "cause"),
+    [
+        (ray.exceptions.WorkerCrashedError(), {"num_failures": 1}, "its worker hung; it goes on"),
+        (GivenUpError(), {"num_failures": 1}, "its worker hung, and its process does not end; it goes on"),
+        (
+            ray.exceptions.OutOfMemoryError("words"),
+            {"num_out_of_memory": 1, "micro_batch_size": 2},
+            "out of memory with",
+        ),
+    ],
+)
+def test_a_worker_that_hung_costs_the_budget_of_what_it_hung_for(
+    local_ray: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    counts: dict[str, int],
+    cause: str,
+) -> None:
+    errors = [error]
+
+    def call_or_fail(*_: Any, is_given_up: Any, **__: Any) -> End:
+        assert is_given_up()
+        if errors:
+            raise errors.pop()
+        return End("finished")
+
+    monkeypatch.setattr(train, "call", call_or_fail)
+    monkeypatch.setattr(train, "HangWatch", _StuckWatch)
+    context = upsampler_context(_recipe(tmp_path))
+    assert run_training(context).metrics == counts
+    progress = read_progress(context.output)
+    assert progress is not None
+    assert cause in progress.notice
+
+
 def _wait_for_checkpoint(output: Artifact, task: Any) -> None:
     while not checkpoint_steps(output):
         assert not ray.wait([task], timeout=0.05)[0], "the training ended before"
@@ -88,13 +239,14 @@ def _wait_for_checkpoint(output: Artifact, task: Any) -> None:
 @pytest.mark.ray
 @pytest.mark.timeout(120)
 def test_the_only_worker_of_a_training_is_replaced_if_it_hangs(local_ray: None, tmp_path: Path) -> None:
-    context = upsampler_context(_recipe(tmp_path, hang_timeout_s=6))
+    context = upsampler_context(_recipe(tmp_path, hang_timeout_s=6, max_failures=10))
     task = ray.remote(num_cpus=0, max_retries=0)(run_training).remote(context)
     _wait_for_checkpoint(context.output, task)
     (worker,) = processes_with("upsampler_1: train")
     worker.suspend()
     metrics = ray.get(task).metrics
-    assert (metrics["num_steps"], metrics["num_failures"]) == (NUM_STEPS, 1)
+    assert metrics["num_steps"] == NUM_STEPS
+    assert metrics["num_failures"] >= 1  # on a busy machine another step may take as long
     assert not worker.is_running()
     progress = read_progress(context.output)
     assert progress is not None
