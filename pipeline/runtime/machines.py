@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.errors import ConfigError, UnclipError
 from pipeline.recipe.plan import Step
 from pipeline.recipe.recipe import Recipe
+from pipeline.runtime.lost_workers import last_line
 from pipeline.runtime.packages import complaint
 from pipeline.runtime.placement import amounts_of, cluster_has_roles, living_machines, machine_has, worker_options
 from pipeline.workspace.store import Workspace
@@ -105,7 +106,9 @@ class Machines:
         if not self._workers:
             return ""
         self._looked_at = time.monotonic()
-        for node in ray.nodes():
+        nodes = ray.nodes()
+        hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in nodes}
+        for node in nodes:
             if node["NodeID"] not in self._asked and self._may_work(node):
                 there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
                 look = _look.options(scheduling_strategy=there)
@@ -118,6 +121,8 @@ class Machines:
             self._asked[machine] = None
             try:
                 lack, name = ray.get(task)
+            except ray.exceptions.RayTaskError as error:  # it cannot even import the question
+                lack, name = f"{hosts.get(machine, machine)}: {last_line(error)}", ""
             except ray.exceptions.RayError:  # the machine has gone, or gives up its task: its work will tell
                 self._verdicts[machine] = ""
                 continue

@@ -27,17 +27,19 @@ from tests.tiny.workspace import served_workspace
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
-# Python reads this at its start: an interpreter in which two packages are not installed, for those who ask and import.
+# Python reads this at its start: an interpreter in which packages are not installed, for those who ask and import.
 _HIDES = """
 import importlib.abc, importlib.metadata, sys
 
+HIDDEN = {}
+
 class Hidden(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {"pyarrow", "safetensors"}:
+        if name.split(".")[0] in HIDDEN:
             raise ModuleNotFoundError(name)
 
 def version(name, real=importlib.metadata.version):
-    if name in {"pyarrow", "safetensors"}:
+    if name in HIDDEN:
         raise importlib.metadata.PackageNotFoundError(name)
     return real(name)
 
@@ -47,9 +49,10 @@ importlib.metadata.version = version
 _LACKS = rf"{sys.executable} of \S+ lacks pyarrow, safetensors"
 
 
-def _add_unfit(cluster: Cluster, folder: Path, *, num_cpus: int = 2, **options: Any) -> Any:
-    """A machine whose Python lacks two packages comes."""
-    (folder / "sitecustomize.py").write_text(_HIDES)
+def _add_unfit(cluster: Cluster, folder: Path, *absent: str, num_cpus: int = 2, **options: Any) -> Any:
+    """A machine comes whose Python lacks packages: two, and ``absent``."""
+    names = {"pyarrow", "safetensors", *absent}
+    (folder / "sitecustomize.py").write_text(_HIDES.replace("HIDDEN = {}", f"HIDDEN = {names}"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{folder}:{ROOT}")
         return cluster.add_node(num_cpus=num_cpus, **options)
@@ -113,6 +116,17 @@ def test_the_first_machine_of_a_cluster_is_judged_when_it_comes(tmp_path: Path) 
         machines = Machines(recipe, make_plan(recipe), _no_warning)
         _add_unfit(cluster, tmp_path)
         with pytest.raises(ConfigError, match=f"^{_LACKS}: no step can run there"):
+            machines.look(wait_s=60)
+        ray.shutdown()
+
+
+def test_a_machine_that_cannot_even_be_asked_is_unfit(tmp_path: Path) -> None:
+    recipe = parse_recipe(tiny_tables(tmp_path))
+    with cluster_without_cpus() as cluster:
+        ray.init(address=cluster.address, log_to_driver=False)
+        machines = Machines(recipe, make_plan(recipe), _no_warning)
+        _add_unfit(cluster, tmp_path, "pydantic")
+        with pytest.raises(ConfigError, match=r"^\S+: ModuleNotFoundError: pydantic: no step can run there"):
             machines.look(wait_s=60)
         ray.shutdown()
 
