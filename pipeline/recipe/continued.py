@@ -27,9 +27,11 @@ def notes_on_start(
         inputs: The finished inputs of the step.
         unfinished: Names of the others.
     """
-    names = artifact.names()
-    anew = made_anew(artifact.find_json(INPUTS) or {}, inputs) if INPUTS in names else []
-    if not anew and (not earlier or steps_of_checkpoints(names, CHECKPOINTS)):
+    try:
+        anew = made_anew(artifact.find_json(INPUTS) or {}, inputs)
+    except DataError as error:  # a run of this step stops there
+        return (str(error),)
+    if not anew and (not earlier or _steps_with_state(artifact.names())):  # listed only with phases: it may be long
         return ()
     notes = [f"what it has done is not used: {' and '.join(anew)} was made anew, with other content"] if anew else []
     return (*notes, *(_notes_on_phases(artifact, earlier, inputs, unfinished) if earlier else ()))
@@ -45,13 +47,13 @@ def _notes_on_phases(
         other, where = workspace.artifact(step, key), f"{step}/{key}"
         try:
             manifest, names = other.manifest(), other.names()
+            contents = (other.find_json(INPUTS) or {}) if manifest is None else manifest.input_contents
         except DataError as error:  # a run stops there
             return [*notes, str(error)]
-        contents = (other.find_json(INPUTS) or {}) if manifest is None else manifest.input_contents
         if names and (anew := made_anew(contents, inputs)):
             notes.append(f"{where} is not continued: it was trained on another {' and '.join(anew)}, made anew since")
             continue
-        steps = {*steps_of_checkpoints(names, KEPT_STATE), *steps_of_checkpoints(names, CHECKPOINTS)}
+        steps = _steps_with_state(names)
         if start := max((number for number in steps if number <= last_step), default=0):
             waits_for = [name for name in unfinished if name in contents]
             condition = f", unless {' or '.join(waits_for)} comes out different" if waits_for else ""
@@ -70,3 +72,8 @@ def _notes_on_phases(
     if refusal or notes or any(other.names() for other in others):
         notes.append(refusal or "begins at step 0: there is no training that its phases can continue")
     return notes
+
+
+def _steps_with_state(names: Collection[str]) -> set[int]:
+    """The steps from which a training with these files can go on."""
+    return {*steps_of_checkpoints(names, KEPT_STATE), *steps_of_checkpoints(names, CHECKPOINTS)}

@@ -95,3 +95,29 @@ def test_phases_without_a_training_before_them_begin_at_step_0(place: _Place) ->
     assert place.reasons(place.steps) == ()  # the first one in this workspace
     place.workspace.artifact("decoder", "of other inputs").write_bytes("live/checkpoints/00000200.safetensors", b"")
     assert place.reasons(place.steps) == ("begins at step 0: there is no training that its phases can continue",)
+
+
+def test_a_training_goes_on_from_the_state_that_it_has_kept_itself(place: _Place) -> None:
+    place.after.write_bytes("state/00000250.safetensors", b"")
+    assert place.reasons(place.steps) == ()
+
+
+def test_the_files_of_a_step_without_phases_are_listed_once(place: _Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data step has some for each of a hundred thousand shards."""
+    names, listings = Artifact.names, list[str]()
+
+    def note_names(artifact: Artifact) -> list[str]:
+        listings.append(artifact.uri)
+        return names(artifact)
+
+    monkeypatch.setattr(Artifact, "names", note_names)
+    assert place.reasons([*place.plan.values()]) == ()
+    assert listings.count(place.before.uri) == 1
+    assert len(listings) == len(set(listings))
+
+
+def test_a_damaged_note_of_the_inputs_is_said_of_its_step_alone(place: _Place) -> None:
+    place.before.write_bytes(INPUTS, b"damaged")
+    for steps in ([*place.plan.values()], place.steps):  # its own, and that of the training which phases continue
+        [reason] = place.reasons(steps)
+        assert reason.startswith(f"{place.before.uri}/{INPUTS}: ")
