@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, UnclipError
 from pipeline.recipe.initial_files import CHECKPOINTS, key_in
 from pipeline.recipe.lineage import exported_network, weights_of
 from pipeline.recipe.steps import STEP_ROWS, STEPS
@@ -50,15 +50,17 @@ def note_continued(job: TrainJob, continued: Json) -> None:
 
 
 def note_begun_with(job: TrainJob) -> None:
-    """Note the network with whose weights this training begins, if it is known."""
-    if job.rank == 0 and (note := _begun_with(job)):
+    """Note the network with whose weights this training begins, if with any; empty if it is not known which it is."""
+    if job.rank == 0 and ((note := _begun_with(job)) or _init_from(job)):
         job.output.write_json(_FILES["begun_with"], note)
 
 
 def origin_of(job: TrainJob) -> Json:
     """The training that this one continued, and the network whose weights it began with, for the manifest."""
     notes = {name: job.output.find_json(file) for name, file in _FILES.items()}
-    notes["begun_with"] = notes["begun_with"] or _begun_with(job)  # an earlier release has begun it
+    if notes["begun_with"] is None:  # an earlier release has begun it, and where its weights were may not answer now
+        with contextlib.suppress(UnclipError):
+            notes["begun_with"] = _begun_with(job)
     return {name: note for name, note in notes.items() if note}
 
 
@@ -67,11 +69,14 @@ def _begun_with(job: TrainJob) -> Json:
     first = job.inputs.get(STEP_ROWS[job.name].begins_with)
     if first is not None:
         return {"name": STEP_ROWS[job.name].begins_with, "key": first.key, **source_of(first)}
-    init_from: str = getattr(job.section, "init_from", "")
-    if not init_from:
+    if not (init_from := _init_from(job)):
         return {}
     folder, _, file = init_from.rpartition("/") if is_checkpoint(init_from) else (init_from, "", "")
     return _of_files(folder, file, job)
+
+
+def _init_from(job: TrainJob) -> str:
+    return getattr(job.section, "init_from", "")
 
 
 def _of_files(folder: str, file: str, job: TrainJob) -> Json:

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.errors import StepError
 from pipeline.recipe.lineage import write_origin
 from pipeline.recipe.plan import artifact_of, make_plan, manifest_of
 from pipeline.recipe.recipe import Recipe
+from pipeline.train import origin
 from pipeline.train.assemble import TrainJob
 from pipeline.train.job import run_job
-from pipeline.train.origin import origin_of
+from pipeline.train.origin import note_begun_with, origin_of
 from pipeline.train.resume import checkpoint_name
 from pipeline.workspace.store import INPUTS, MANIFEST, Artifact, Workspace
 from tests.tiny.training import no_watch, tiny_inputs, training_recipe
@@ -105,3 +107,21 @@ def test_a_network_of_an_exported_folder_is_known_by_that(first: TrainJob, tmp_p
     assert origin_of(_begin(first, folder, tmp_path / "begun")) == _source(first)
     (folder.parent / "unclip.json").write_text("damaged")
     assert origin_of(_begin(first, folder, tmp_path / "begun")) == {}
+
+
+def test_a_storage_that_does_not_answer_at_the_end_of_a_training_is_not_asked_or_no_failure(
+    first: TrainJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, questions = tmp_path / "of another program", list[str]()
+    folder.mkdir()
+    job = _begin(first, folder, tmp_path / "begun")
+    note_begun_with(job)
+
+    def fail(folder: str, *_: Any) -> None:
+        questions.append(folder)
+        raise StepError("it does not answer")
+
+    monkeypatch.setattr(origin, "_of_files", fail)
+    assert (origin_of(job), questions) == ({}, [])
+    job.output.clear()  # as an earlier release has begun it
+    assert (origin_of(job), questions) == ({}, [str(folder)])
