@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import threading
@@ -82,6 +81,8 @@ def run_job(job: TrainJob, watch: Watch, wants_stop: WantsStop = never, pulse: P
     share = Share(config.batch_size, job.rank, job.world_size)
     validation = Validation(job, parts.clip, parts.validation)
     writer = CheckpointWriter(job.output, job.digest, _keep(job, parts.validation), [damage.step for damage in damages])
+    # Before each checkpoint: what it holds is not trained again, so no later start writes the rows of its curves.
+    flush = log.flush if is_first else None
 
     def report(state: TrainState) -> None:
         if is_first:
@@ -97,8 +98,7 @@ def run_job(job: TrainJob, watch: Watch, wants_stop: WantsStop = never, pulse: P
     def save(state: TrainState) -> None:
         is_due = state.step % resources.save_every_steps == 0  # else the training ends early, and may have little time
         validate(state.average if is_due and not resources.validates_beside else None)
-        # After the curves: what it holds is not trained again, so no later start writes their rows.
-        writer.save(state, functools.partial(log.flush, state.step) if is_first else None)
+        writer.save(state, flush)
 
     def explain(state: TrainState) -> str:
         number = int(state.bad_step) - 1
@@ -118,7 +118,7 @@ def run_job(job: TrainJob, watch: Watch, wants_stop: WantsStop = never, pulse: P
         reason = vote.reason() if state.step < config.total_steps else ""
         writer.wait()
         if resources.keep_state and not reason:
-            writer.keep_state(state)
+            writer.keep_state(state, flush)
     if reason:
         raise _stopped(job, state, log, reason)
     average = state.average

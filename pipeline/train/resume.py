@@ -106,12 +106,12 @@ class CheckpointWriter:
         if self._thread is not None:
             self._thread.join()
 
-    def save(self, state: TrainState, before: Callable[[], object] | None = None) -> None:
+    def save(self, state: TrainState, before: Callable[[int], object] | None = None) -> None:
         """Copy the state, and write it in the background.
 
         Args:
             state: The state.
-            before: Called in the background before it is written; if that fails, there is no checkpoint.
+            before: Called with its step in the background before it is written; if that fails, there is no checkpoint.
 
         Raises:
             StepError: If the last checkpoint could not be written.
@@ -136,20 +136,26 @@ class CheckpointWriter:
             failure, self._failure = self._failure, None
             raise failure
 
-    def keep_state(self, state: TrainState) -> None:
+    def keep_state(self, state: TrainState, before: Callable[[int], object] | None = None) -> None:
         """Write the state of the last step beside the finished network, now.
+
+        Args:
+            state: The state.
+            before: Called with its step before it is written.
 
         Raises:
             StepError: If it could not be written.
         """
         self.wait()
         if _writes(state):
+            if before is not None:
+                before(state.step)
             Snapshot.of(state).publish(self._artifact, state_name(state.step), self._digest, self._attempt)
 
-    def _write(self, snapshot: Snapshot, before: Callable[[], object] | None) -> None:
+    def _write(self, snapshot: Snapshot, before: Callable[[int], object] | None) -> None:
         try:
             if before is not None:
-                before()
+                before(snapshot.step)
             name = checkpoint_name(snapshot.step)
             snapshot.publish(self._artifact, name, self._digest, self._attempt, self._ends.is_set)
             if snapshot.number == 0:

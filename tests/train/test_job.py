@@ -22,7 +22,7 @@ from pipeline.recipe.train_sections import TrainConfig
 from pipeline.runtime.tracking.records import begun_at
 from pipeline.train.assemble import TrainJob, assemble, samples_of
 from pipeline.train.job import MetricsLog, run_job
-from pipeline.train.resume import checkpoint_name, checkpoint_steps
+from pipeline.train.resume import CheckpointWriter, checkpoint_name, checkpoint_steps
 from pipeline.train.state import create_state
 from pipeline.workspace.progress import METRICS
 from pipeline.workspace.store import INPUTS, Artifact
@@ -175,6 +175,23 @@ def test_the_curves_are_published_before_a_checkpoint_and_by_the_thread_that_wri
     # The first line is published at once, the others with the next checkpoint.
     assert writers == [threading.main_thread().name, "checkpoint", "checkpoint"]
     assert checkpoint_steps(job.output) == [2]
+    monkeypatch.undo()
+    run_job(job, no_watch)
+    assert _steps_of_losses(job) == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_curves_are_published_before_the_state_that_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, keep = _changed("upsampler_1", resources__keep_state=True), CheckpointWriter.keep_state
+    job = tiny_job("upsampler_1", tiny_inputs(tmp_path), tmp_path / "output", recipe)
+
+    def keep_and_die(writer: CheckpointWriter, *arguments: Any) -> None:
+        keep(writer, *arguments)
+        raise _KilledError
+
+    monkeypatch.setattr("pipeline.train.job._FLUSH_S", 600.0)
+    monkeypatch.setattr(CheckpointWriter, "keep_state", keep_and_die)
+    with pytest.raises(_KilledError):
+        run_job(job, no_watch)
     monkeypatch.undo()
     run_job(job, no_watch)
     assert _steps_of_losses(job) == [1, 2, 3, 4, 5, 6]
