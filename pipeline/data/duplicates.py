@@ -4,6 +4,7 @@ A run holds the uids of up to ``RUN_ROWS`` rows with their positions, sorted by 
 first ten bits: one span of every run. Equal uids are in one bucket, so buckets are compared one by one.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,12 +143,17 @@ def gather_positions(files: Sequence[Path], num_pieces: int, path: Path) -> int:
 
     Returns:
         Number of positions.
+
+    Raises:
+        OSError: If the disk has no room for them.
     """
     counts = np.zeros(num_pieces, dtype=np.int64)
     for file in files:
         counts += np.bincount(_pieces_of(np.load(file)), minlength=num_pieces)
     starts, total = np.cumsum(counts) - counts, int(counts.sum())
     gathered = np.lib.format.open_memmap(path, "w+", np.uint64, (total,))
+    with path.open("r+b") as stream:  # a full disk is an error here, and would be the end of the process below
+        os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
     for file in files:
         positions = np.load(file)
         pieces = _pieces_of(positions)

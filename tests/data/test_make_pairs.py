@@ -1,7 +1,9 @@
 """The pairs step at its joints: pieces, repeated rows across pieces, kills, one side for every picture."""
 
+import errno
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +20,7 @@ from pipeline.data.make_pairs import COMPARE, PairsMaker, PairsSummary, write_pa
 from pipeline.data.pairs import Pairs
 from pipeline.data.rows import make_uid, numbered_names, split_of
 from pipeline.data.sources import Source
-from pipeline.errors import DataError
+from pipeline.errors import DataError, StepError
 from pipeline.recipe.pairs_sections import PairsConfig, PairsList
 from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import parse_recipe
@@ -410,6 +412,28 @@ def test_found_positions_are_gathered_by_their_pieces(tmp_path: Path) -> None:
         for piece in range(8):
             of_piece = [position & (1 << 40) - 1 for position in expected if position >> 40 == piece]
             assert duplicates.rows_of_piece(found, piece).tolist() == of_piece
+
+
+def test_a_full_disk_is_named_before_what_was_found_is_gathered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = list[tuple[int, int, int]]()
+
+    def fail(handle: int, start: int, num_bytes: int) -> None:
+        asked.append((start, num_bytes, os.fstat(handle).st_size))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    source, output = _parts(tmp_path / "list"), Artifact(str(tmp_path / "out"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", fail)
+        with pytest.raises(StepError, match=r"live/repeats\.npy: the disk is full"):
+            write_pairs(source, output)
+    [(start, num_bytes, size_bytes)] = asked
+    assert start == 0
+    assert num_bytes == size_bytes
+    assert not output.exists("live/repeats.npy")
+    num_found = write_pairs(source, output).counts["duplicate"]
+    assert size_bytes > 8 * num_found > 0
 
 
 def test_the_reader_reads_any_span_of_rows(tmp_path: Path) -> None:
