@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from pipeline.data.make_pairs import MOST_READS
 from pipeline.data.npy_folder import count_rows
 from pipeline.data.sources import count_pairs
 from pipeline.networks.costs import PEAK_FLOPS, UTILISATION, NetworkCost, build_clip
@@ -42,6 +43,8 @@ the table of docs/scaling.md, which a test measures, of few shards: of many, a p
 is left out."""
 TAR_REQUESTS = (6, 4)
 """Requests of `pairs` for each tar of a person's own, that read and that write."""
+TASK_REQUESTS = (9, 3)
+"""The same for each task that reads tars: one tar, or several of a list of more than ``MOST_READS``."""
 _PICTURE_BYTES = 25_000
 """Of a stored picture at 256 px with its texts: LAION-400M takes 10 TB for 400 million."""
 _ROW_BYTES = 150
@@ -201,7 +204,7 @@ def requests_of(recipe: Recipe, num_rows: int) -> tuple[dict[str, float], dict[s
     if Workspace(recipe.workspace).is_local:
         return reads, writes
     num_shards = _num_shards(recipe, num_rows)
-    for name, (read, written) in _requests_by_step(recipe).items():
+    for name, (read, written) in _requests_by_step(recipe, num_shards).items():
         reads[name] = (read[0] * num_shards + read[1]) / 1000
         writes[name] = (written[0] * num_shards + written[1]) / 1000
     return reads, writes
@@ -211,13 +214,15 @@ def _num_shards(recipe: Recipe, num_rows: int) -> int:
     return math.ceil(num_rows / recipe.download.samples_per_shard)
 
 
-def _requests_by_step(recipe: Recipe) -> Mapping[str, tuple[tuple[int, int], tuple[int, int]]]:
+def _requests_by_step(recipe: Recipe, num_shards: int) -> Mapping[str, tuple[tuple[int, int], tuple[int, int]]]:
     """Requests of the steps; a training is counted as the one of those in the table that reads the same files."""
     filters = ("filter",) if recipe.filter else ()
     by_step = {name: REQUESTS[name] for name in ("pairs", "download", *filters, "embed", "index")}
     if recipe.pairs.source == "shards":
+        num_tasks = min(num_shards, MOST_READS * len(recipe.pairs.each()))
         (_, reads), (_, writes) = REQUESTS["pairs"]
-        by_step["pairs"] = ((TAR_REQUESTS[0], reads), (TAR_REQUESTS[1], writes))
+        besides = reads + TASK_REQUESTS[0] * num_tasks, writes + TASK_REQUESTS[1] * num_tasks
+        by_step["pairs"] = ((TAR_REQUESTS[0], besides[0]), (TAR_REQUESTS[1], besides[1]))
     for name, section in recipe.trained().items():
         kind = kind_of(section.model)
         if name != "clip" or recipe.clip.source == "train":

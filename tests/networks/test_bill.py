@@ -14,6 +14,7 @@ from pipeline.data.vectors import to_unit
 from pipeline.networks.bill import REQUESTS, Bill, format_bill, recipe_bill, requests_of
 from pipeline.networks.costs import recipe_costs
 from pipeline.recipe.estimate import StepTime, save_times
+from pipeline.recipe.pairs_sections import PairsList
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.timing.units import RowUnits, Units, step_times
 from pipeline.train.memory import WorkerMemory, count_memory
@@ -166,13 +167,17 @@ def test_the_cost_of_networks_needs_no_list(tmp_path: Path) -> None:
     assert "the money is not counted: " in result.stderr
 
 
-def test_tars_of_a_person_cost_the_list_requests_of_each() -> None:
+def test_tars_of_a_person_cost_the_list_requests_of_each_and_of_each_task_that_reads_them() -> None:
     recipe = replace(_recipe(Path("w")), workspace="s3://bucket/w")
-    num_rows = 1000 * recipe.download.samples_per_shard
-    whole, of_tars = (
-        requests_of(one, num_rows)
-        for one in (recipe, replace(recipe, pairs=replace(recipe.pairs, source="shards", path="tars")))
-    )
-    assert [kinds["pairs"] for kinds in whole] == pytest.approx([0.043, 0.029])
-    assert [kinds["pairs"] for kinds in of_tars] == pytest.approx([6.043, 4.029])
-    assert [kinds["download"] for kinds in whole] == [kinds["download"] for kinds in of_tars]
+    tars = replace(recipe, pairs=replace(recipe.pairs, source="shards", path="tars"))
+    lists = (PairsList(path="tars"), PairsList(path="more"))
+    several = replace(recipe, pairs=replace(recipe.pairs, source="shards", lists=lists))
+
+    def requests(recipe: Recipe, num_tars: int, step: str = "pairs") -> list[float]:
+        return [kinds[step] for kinds in requests_of(recipe, num_tars * recipe.download.samples_per_shard)]
+
+    assert requests(recipe, 1000) == pytest.approx([0.043, 0.029])
+    assert requests(tars, 1000) == pytest.approx([0.043 + 1000 * 0.015, 0.029 + 1000 * 0.007])
+    assert requests(tars, 5000) == pytest.approx([0.043 + 30 + 1024 * 0.009, 0.029 + 20 + 1024 * 0.003])
+    assert requests(several, 5000) == pytest.approx([0.043 + 30 + 2048 * 0.009, 0.029 + 20 + 2048 * 0.003])
+    assert requests(recipe, 1000, "download") == requests(tars, 1000, "download")
