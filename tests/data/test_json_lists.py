@@ -458,6 +458,14 @@ def test_a_column_of_the_name_data_is_a_column(tmp_path: Path) -> None:
     assert _rows(tmp_path / "list.json")[0] == [("http://a/1", "one"), ("http://a/2", "two")]
 
 
+def test_records_under_the_name_data_are_taken_for_no_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To make rows of them would take as much memory again."""
+    monkeypatch.setattr("pipeline.data.json_lists._rows_of_columns", pytest.fail)
+    for name, shape in (("alone", _DATA), ("beside", _DATA | {"n": [1, 2]}), ("fault", {"data": [*_DATA["data"], 7]})):
+        (tmp_path / f"{name}.json").write_text(json.dumps(shape))
+        assert _rows(tmp_path / f"{name}.json")[0] == [("http://d/1", "one"), ("http://d/2", "two")]
+
+
 @pytest.mark.parametrize("indent", [None, 2])
 def test_json_of_every_shape_is_read(indent: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.data.json_lists._BLOCK_BYTES", 7)  # every record lies across blocks
