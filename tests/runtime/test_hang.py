@@ -116,7 +116,7 @@ class _Storage:
 
     def __init__(self, context: StepContext, clock: _Clock, monkeypatch: pytest.MonkeyPatch) -> None:
         self.pulse = {"attempt": context.attempt, "looks": 1, "steps": 2, "may_hang": True, "slowest_s": 0.0}
-        self.pulse |= {"machine": "", "process": 7, "begun": 0.0}
+        self.pulse |= {"machine": "07" * 28, "process": 7, "begun": 0.0}
         self.takes_s, self._clock = 0.0, clock
         monkeypatch.setattr(Artifact, "find_json", lambda *_: self.read())
 
