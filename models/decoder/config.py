@@ -44,19 +44,20 @@ class TextAdapterConfig:
     """Features of each attention head; it divides ``context_width``."""
     mlp_ratio: int = 4
     """Hidden width of the feed-forward layers, as a multiple of ``context_width``."""
-    token_width: int = 0
-    """Width of a learned embedding of each token, which is projected and added to its state (a table of vocabulary x
-    token_width, as in ALBERT, arXiv:1909.11942, section 3.1); 0: none. CLIP's states tell shapes less clearly than
-    words do, so with it a decoder learns sooner which shape each object has."""
+    code_width: int = 0
+    """Width of a fixed random code of each token, which is projected and added to its state; 0: none. CLIP's states
+    tell shapes less clearly than words do, so with it a decoder learns sooner which shape each object has. The
+    projection alone is learned: a table of the vocabulary takes most of a small network, and most of its rows never
+    move. As wide as ``context_width``, and 32 or more with Muon, which leaves smaller matrices to AdamW. From no paper:
+    what was measured is in docs/lab.md."""
     one_way_heads: bool = False
     """Whether half of the heads read only what stands before a token, and the others what stands after it (directional
     self-attention, DiSAN, arXiv:1709.04696). What a word says of the words on its left and of those on its right is
-    then told apart from the first step on. Positions begin with a standard deviation of 0.2 in place of
-    0.01, nearer to the token embeddings, which are added with about 0.12."""
+    then told apart from the first step on. Positions begin with a standard deviation of 0.2 in place of 0.01."""
 
     def __post_init__(self) -> None:
         require(self.depth >= 0, f"depth = {self.depth}: must not be negative")
-        require(self.token_width >= 0, f"token_width = {self.token_width}: must not be negative")
+        require(self.code_width >= 0, f"code_width = {self.code_width}: must not be negative")
         require(self.head_width >= 1, f"head_width = {self.head_width}: at least 1")
         require(self.mlp_ratio >= 1, f"mlp_ratio = {self.mlp_ratio}: at least 1")
 
@@ -91,6 +92,11 @@ class DecoderConfig:
     vectors name the colours and shapes of a picture but hardly their order; without them the decoder has to read the
     order from the tokens. It needs more steps; 0 is the paper's decoder. From no paper: what was measured is in
     docs/lab.md."""
+    sketch_px: int = 0
+    """Side of a coarse picture that the decoder first reads from the caption's tokens alone, by an adapter of its own
+    that is built as ``text_adapter``, and then sees beside the noisy one, in pixels; 0: none. Where things stand is
+    decided in the few noisiest timesteps, and most decoders learn it late; the sketch learns it from every sample, as
+    the mean picture of its caption. From no paper: what was measured is in docs/lab.md."""
     inpainting: bool = False
     """Whether four extra input channels hold the known part of the picture (arXiv:2112.10741, section 4.3); in training
     it is a random part. Without these channels inpainting restores the known pixels after each step."""
@@ -105,6 +111,8 @@ class DecoderConfig:
         require(self.num_image_tokens >= 1, f"num_image_tokens = {self.num_image_tokens}: at least 1")
         require(self.context_width >= 1, f"context_width = {self.context_width}: at least 1")
         require_norm(self.image_norm)
+        require(self.sketch_px >= 0, f"sketch_px = {self.sketch_px}: must not be negative")
+        require(self.sketch_px <= self.image_px, f"sketch_px = {self.sketch_px}: at most image_px = {self.image_px}")
         require_prob("image_drop_prob", self.image_drop_prob)
         require_prob("text_drop_prob", self.text_drop_prob)
         require_prob("pooled_drop_prob", self.pooled_drop_prob)
@@ -113,6 +121,7 @@ class DecoderConfig:
             adapter.depth == 0 or self.context_width % adapter.head_width == 0,
             f"context_width = {self.context_width} is not a multiple of text_adapter.head_width = {adapter.head_width}",
         )
+        require(self.sketch_px == 0 or adapter.depth > 0, "sketch_px: a sketch needs text_adapter.depth >= 1")
         num_heads = self.context_width // max(1, adapter.head_width)
         require(
             adapter.depth == 0 or not adapter.one_way_heads or num_heads % 2 == 0,

@@ -3,7 +3,7 @@
 z_image and the pooled caption are added to the timestep embedding; z_image becomes a few tokens, which the caption's
 token states follow in the context of every attention. The caption's states are those of the frozen CLIP (Karlo), which
 an adapter may rework, or of a text transformer that is trained with the decoder (GLIDE, and the paper). Legend: B
-batch, D joint space, E timestep embedding, L text tokens, K image tokens, M = K + L context tokens.
+batch, D joint space, E timestep embedding, L text tokens, K image tokens, M = K + L context tokens, P side of a sketch.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from models.clip_config import ClipDims
 from models.decoder.config import DecoderConfig
 from models.decoder.inpainting import NUM_KNOWN_CHANNELS
+from models.decoder.sketch import Sketch
 from models.decoder.text_transformer import TextAdapter, TextTransformer
 from models.layers.transformer import KeysValues
 from models.layers.unet import UNet
@@ -41,6 +42,8 @@ class DecoderCondition:
     """Embedding of the caption, of length one: the target of CLIP guidance."""
     planes: Float[Tensor, "B 4 H W"] | None
     """The known part of the pictures (models/decoder/inpainting.py); None without inpainting channels."""
+    sketch: Float[Tensor, "B 3 P P"] | None
+    """The coarse picture that the tokens describe, of ``sketch_px`` (models/decoder/sketch.py); None without one."""
 
     def __len__(self) -> int:
         return self.embedding.shape[0]
@@ -65,6 +68,7 @@ class Decoder(nn.Module):
         self.out_channels = NUM_COLOURS * (2 if config.diffusion.variance == "learned_range" else 1)
         width = config.context_width
         in_channels = NUM_COLOURS + (NUM_KNOWN_CHANNELS if config.inpainting else 0)
+        in_channels += NUM_COLOURS if config.sketch_px > 0 else 0
         self.unet = UNet(config.unet, config.image_px, in_channels, self.out_channels, context_width=width)
         self.image_to_embedding = nn.Linear(dims.embed_dim, self.unet.width)
         text = config.text_transformer
@@ -76,6 +80,9 @@ class Decoder(nn.Module):
         adapter = config.text_adapter
         self.text_adapter = None if adapter.depth == 0 else TextAdapter(adapter, width, dims.context_length)
         self.norm_text = nn.LayerNorm(width)
+        self.sketch = None
+        if config.sketch_px > 0:
+            self.sketch = Sketch(config.sketch_px, adapter, width, dims.context_length, NUM_COLOURS)
         self.null_image = nn.Parameter(torch.zeros(dims.embed_dim))
         self.null_text = NullText(dims)
 
@@ -128,6 +135,7 @@ class Decoder(nn.Module):
         # Feature c of token k is row c * K + k of the projection, as in diffusers' UnCLIPTextProjModel.
         tokens = self.image_to_tokens(image).unflatten(1, (-1, self.config.num_image_tokens)).transpose(1, 2)
         words = self.text_to_tokens(hidden)
+        sketch = None if self.sketch is None else self.sketch(words, text.tokens, text.mask)
         if self.text_adapter is not None:
             words = self.text_adapter(words, text.tokens, text.mask)
         tokens = torch.cat([tokens, self.norm_text(words)], dim=1)
@@ -135,7 +143,7 @@ class Decoder(nn.Module):
         if self.config.inpainting and planes is None:
             side_px = self.config.image_px
             planes = embedding.new_zeros(len(text), NUM_KNOWN_CHANNELS, side_px, side_px)
-        return DecoderCondition(embedding, self.unet.encode_context(tokens), valid, text.z_text, planes)
+        return DecoderCondition(embedding, self.unet.encode_context(tokens), valid, text.z_text, planes, sketch)
 
     def forward(
         self, x: Float[Tensor, "B 3 H W"], t: Int[Tensor, " B"], condition: DecoderCondition
@@ -143,4 +151,7 @@ class Decoder(nn.Module):
         """The network's output at noised pictures ``x``: C is 3, or 6 where the variance is learned."""
         if condition.planes is not None:
             x = torch.cat([x, condition.planes.to(x.dtype)], dim=1)
+        if condition.sketch is not None:
+            sketch = F.interpolate(condition.sketch, x.shape[-2:], mode="bilinear")
+            x = torch.cat([x, sketch.to(x.dtype)], dim=1)
         return self.unet(x, t, embedding=condition.embedding, context=condition.context, valid=condition.valid)

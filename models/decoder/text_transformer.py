@@ -5,6 +5,8 @@ Legend: B batch, L text tokens, W width, H heads.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -13,9 +15,7 @@ from models.clip_config import VOCAB_SIZE
 from models.decoder.config import TextAdapterConfig, TextTransformerConfig
 from models.layers.transformer import CausalTransformer
 
-_TOKEN_STD = 0.2
-"""Standard deviation of new token embeddings; with 0.5 and 1 the sizes of objects suffered (docs/lab.md)."""
-_POSITION_STD = 0.01
+_POSITION_STD, _ONE_WAY_POSITION_STD = 0.01, 0.2
 
 
 class TextTransformer(nn.Module):
@@ -55,16 +55,13 @@ class TextAdapter(nn.Module):
 
     def __init__(self, config: TextAdapterConfig, width: int, context_length: int) -> None:
         super().__init__()
-        std = _TOKEN_STD if config.one_way_heads else _POSITION_STD
+        std = _ONE_WAY_POSITION_STD if config.one_way_heads else _POSITION_STD
         self.positions = nn.Parameter(torch.randn(1, context_length, width) * std)
         num_heads = width // config.head_width
         self._num_one_way = num_heads if config.one_way_heads else 0
         self.transformer = CausalTransformer(width, config.depth, num_heads, config.mlp_ratio, dropout=0.0)
-        self.embedding = None
-        if config.token_width > 0:
-            table = nn.Embedding(VOCAB_SIZE, config.token_width)
-            nn.init.normal_(table.weight, std=_TOKEN_STD)
-            self.embedding = nn.Sequential(table, nn.Linear(config.token_width, width, bias=False))
+        self._code_width = config.code_width
+        self.read_code = None if config.code_width == 0 else nn.Linear(config.code_width, width, bias=False)
 
     def forward(
         self, states: Float[Tensor, "B L W"], tokens: Int[Tensor, "B L"], mask: Bool[Tensor, "B L"]
@@ -73,10 +70,23 @@ class TextAdapter(nn.Module):
 
         ``mask`` is True at their own tokens; states and ids elsewhere do not matter.
         """
-        if self.embedding is not None:
-            states = states + self.embedding(tokens)
+        if self.read_code is not None:
+            states = states + self.read_code(_codes(tokens, self._code_width).to(states.dtype))
         reads = _one_way(mask, self._num_one_way) if self._num_one_way else _both_ways(mask)
         return self.transformer(states + self.positions[:, : states.shape[1]], reads)
+
+
+def _codes(tokens: Int[Tensor, "B L"], width: int) -> Float[Tensor, "B L N"]:
+    """A fixed code of each token id, uniform with variance one: two ids hardly ever have similar ones.
+
+    A hash of id and place, so that it is the same in every release and takes no memory.
+    """
+    mask = (1 << 31) - 1  # products then fit 63 bits
+    code = (tokens[..., None] * width + torch.arange(1, width + 1, device=tokens.device)) & mask
+    for multiplier, shift in ((0x1E3779B1, 15), (0x45EBCA77, 13), (0x42B2AE3D, 16)):
+        code = (code * multiplier) & mask
+        code = code ^ (code >> shift)
+    return (code.float() / mask - 0.5) * math.sqrt(12)
 
 
 def _both_ways(mask: Bool[Tensor, "B L"]) -> Bool[Tensor, "B 1 L L"]:

@@ -89,7 +89,7 @@ def cpu_tables(num_pairs: int, validation_prob: float, size: Size, steps: int, n
                 "text_drop_prob": 0.1,
                 # On these networks it made the decoder read from the tokens which colour belongs to what (docs/lab.md).
                 "pooled_drop_prob": 0.1,
-                "text_adapter": {"depth": 2, "token_width": 16},
+                "text_adapter": {"depth": 2, "code_width": 64},
                 "unet": _unet(64, patch_px=2)
                 | {
                     "channel_mults": [1, 1],

@@ -32,11 +32,11 @@ REQUESTS: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
     "pairs": ((0, 43), (0, 29)),
     "download": ((7, 14), (4, 11)),
     "filter": ((9, 29), (4, 28)),
-    "clip": ((6, 18), (0, 16)),
+    "clip": ((6, 19), (0, 16)),
     "embed": ((6, 17), (2, 10)),
     "index": ((5, 84), (0, 38)),
-    "prior": ((4, 27), (0, 17)),
-    "decoder": ((7, 28), (0, 17)),
+    "prior": ((4, 28), (0, 17)),
+    "decoder": ((7, 29), (0, 17)),
 }
 """Requests of a step that read (GET, HEAD), and that write or list (PUT, LIST): for each shard, and for the step. It is
 the table of docs/scaling.md, which a test measures, of few shards: of many, a page of a listing for each thousand files

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.decoder.config import DecoderConfig
@@ -18,12 +19,15 @@ from pipeline.networks.diffusion_loss import DiffusionLoss
 from pipeline.networks.kind import OF_DIFFUSION, NetworkKind
 from pipeline.networks.measuring import ValidationRows, mean_cosine, sample_few_steps
 
+_SKETCH_WEIGHT = 0.3
+"""Of the mean squared error of sketches, of values in [-1, 1]: .2 and 1 drew the same (docs/lab.md)."""
+
 
 class DecoderObjective(nn.Module):
     """Diffusion loss of the small picture given z_image and caption, each dropped at random, and both pooled vectors.
 
     A decoder with inpainting channels also reads random parts of the picture, but only in training: the validation loss
-    is always that of whole pictures.
+    is always that of whole pictures. A training's loss has the error of the sketches in it, for a decoder that has one.
 
     Args:
         network: The decoder.
@@ -53,7 +57,11 @@ class DecoderObjective(nn.Module):
         condition = network.encode_condition(
             z_image, text, keep_image=keep_image, keep_text=keep_text, keep_pooled=keep_pooled, planes=planes
         )
-        return self._loss(lambda x, t: network(x, t, condition), x0, random)
+        loss = self._loss(lambda x, t: network(x, t, condition), x0, random)
+        if condition.sketch is not None and self.training:
+            coarse = F.adaptive_avg_pool2d(x0, config.sketch_px)
+            loss = loss + _SKETCH_WEIGHT * F.mse_loss(condition.sketch, coarse)
+        return loss
 
 
 def _denoiser(decoder: Decoder, rows: ValidationRows) -> tuple[Denoise, Tensor]:
@@ -89,7 +97,7 @@ def _work(decoder: Decoder, _clip: object) -> Work:
 
 def _compiled(decoder: Decoder) -> tuple[nn.Module, ...]:
     """What reads the caption runs before the UNet, in a call of its own."""
-    readers = (decoder.text_transformer, decoder.text_adapter)
+    readers = (decoder.text_transformer, decoder.text_adapter, decoder.sketch)
     return (decoder, *(reader for reader in readers if reader is not None))
 
 

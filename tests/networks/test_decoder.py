@@ -3,10 +3,11 @@
 import dataclasses
 from collections.abc import Sequence
 
+import pytest
 import torch
 
 from models.clip_config import ClipDims
-from models.decoder.config import DecoderConfig
+from models.decoder.config import DecoderConfig, TextAdapterConfig
 from models.decoder.inpainting import known_planes
 from models.decoder.network import Decoder
 from models.diffusion.config import DiffusionConfig
@@ -49,7 +50,7 @@ def test_decoder_with_inpainting_channels_learns_to_continue_the_known_part() ->
     config = DecoderConfig(image_px=8, context_width=8, unet=UNET, inpainting=True, diffusion=diffusion)
     decoder = Decoder(config, DIMS)
     objective, generator = DecoderObjective(decoder, _no_captions).train(), torch.Generator().manual_seed(1)
-    optimizer = torch.optim.Adam(decoder.parameters(), lr=5e-3)
+    optimizer = torch.optim.Adam(decoder.parameters(), lr=3e-3)
     for step in range(120):
         optimizer.zero_grad()
         objective(_flat_pictures(16, generator), SampleRandom.of_samples(step, range(16))).backward()
@@ -101,3 +102,61 @@ def test_pooled_vectors_are_dropped_in_training_alone() -> None:
     validation = _losses(1.0, training=False)
     assert validation[0] != validation[1]
     assert validation == _losses(0.0, training=False)
+
+
+_WITH_SKETCH = DecoderConfig(
+    image_px=8,
+    context_width=8,
+    unet=UNET,
+    sketch_px=2,
+    text_drop_prob=0.0,
+    text_adapter=TextAdapterConfig(depth=1, head_width=4),
+)
+
+
+def _read(captions: Sequence[str]) -> TextEncoding:
+    """A token that begins each caption, and one whose state says which it is."""
+    size = len(captions)
+    hidden = torch.zeros(size, 2, 8)
+    hidden[:, 1, 0] = torch.tensor([2.0 * (caption == "right") - 1.0 for caption in captions])
+    tokens = torch.zeros(size, 2, dtype=torch.int64)
+    return TextEncoding(torch.zeros(size, 8), hidden, torch.ones(size, 2, dtype=torch.bool), tokens)
+
+
+def _half_white(size: int, generator: torch.Generator) -> Batch:
+    """Pictures of which the half that the caption names is white; z_image is the same for all."""
+    names = tuple(("left", "right")[int(number)] for number in torch.randint(2, (size,), generator=generator))
+    images = torch.zeros(size, 8, 8, 3, dtype=torch.uint8)
+    for image, name in zip(images, names, strict=True):
+        image[:, slice(4) if name == "left" else slice(4, 8)] = 255
+    return Batch(names, names, images, torch.ones(size, 8) / 8**0.5)
+
+
+def test_a_decoder_with_a_sketch_learns_from_the_caption_where_things_stand() -> None:
+    torch.manual_seed(0)
+    decoder = Decoder(_WITH_SKETCH, DIMS)
+    objective, generator = DecoderObjective(decoder, _read).train(), torch.Generator().manual_seed(1)
+    optimizer = torch.optim.Adam(decoder.parameters(), lr=3e-3)
+    for step in range(200):
+        optimizer.zero_grad()
+        objective(_half_white(16, generator), SampleRandom.of_samples(step, range(16))).backward()
+        optimizer.step()
+    z_image = torch.ones(2, 8) / 8**0.5
+    sketch = decoder.encode_condition(z_image, _read(["left", "right"])).sketch
+    assert sketch is not None
+    columns = sketch.mean((1, 2))  # of each picture, the left and the right one
+    assert columns[0, 0] - columns[0, 1] > 1
+    assert columns[1, 1] - columns[1, 0] > 1
+
+
+def test_the_error_of_the_sketch_is_no_part_of_the_validation_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    decoder, batch = Decoder(_WITH_SKETCH, DIMS), _half_white(4, torch.Generator().manual_seed(2))
+    objective, losses = DecoderObjective(decoder, _read), dict[tuple[float, bool], float]()
+    for weight in (0.0, 1.0):
+        monkeypatch.setattr("pipeline.networks.decoder._SKETCH_WEIGHT", weight)
+        for training in (True, False):
+            random = SampleRandom.of_samples(1, range(4))
+            losses[weight, training] = objective.train(training)(batch, random).item()
+    assert losses[1.0, False] == losses[0.0, False]
+    assert losses[1.0, True] > losses[0.0, True] + 0.1

@@ -7,13 +7,14 @@ import torch
 from tiny_models import DIMS, UNET, decoder_inputs, make_text, randomise
 from torch import Tensor
 
+from models.clip_config import VOCAB_SIZE
 from models.decoder.config import DecoderConfig, TextAdapterConfig, TextTransformerConfig
 from models.decoder.network import Decoder
-from models.decoder.text_transformer import TextAdapter, _one_way
+from models.decoder.text_transformer import TextAdapter, _codes, _one_way
 from models.layers.transformer import Block
 
 ADAPTER = TextAdapterConfig(depth=2, head_width=3)
-WITH_TOKENS = replace(ADAPTER, token_width=4)
+WITH_TOKENS = replace(ADAPTER, code_width=4)
 ONE_WAY = replace(WITH_TOKENS, one_way_heads=True)
 CONFIG = DecoderConfig(image_px=8, context_width=6, unet=UNET, text_adapter=ADAPTER)
 
@@ -61,7 +62,7 @@ def test_decoder_reads_the_adapted_states(decoder: Decoder) -> None:
     assert (moved - plain).abs().amax((1, 2, 3)).min() > 1e-4
 
 
-def test_adapter_with_token_embeddings_reads_the_words_themselves() -> None:
+def test_adapter_with_codes_reads_the_words_themselves() -> None:
     decoder, (x, t, z_image), text = _decoder(WITH_TOKENS), decoder_inputs(2), make_text((4, 6))
     condition = decoder.encode_condition(z_image, text)
     plain = decoder(x, t, condition)
@@ -74,6 +75,16 @@ def test_adapter_with_token_embeddings_reads_the_words_themselves() -> None:
     torch.testing.assert_close(
         decoder(x, t, decoder.encode_condition(z_image, replace(text, tokens=padding))), plain, rtol=0, atol=1e-6
     )
+
+
+def test_every_token_has_a_code_of_its_own_that_never_changes() -> None:
+    codes = _codes(torch.arange(VOCAB_SIZE)[None], 64)[0]
+    assert codes[49407, 60:].tolist() == pytest.approx([0.0271, -0.3326, -1.2671, 1.2757], abs=1e-4)
+    assert codes.mean(0).abs().max() < 0.02
+    of_some = torch.nn.functional.normalize(codes[::20], dim=1)
+    likeness = (of_some @ of_some.T).fill_diagonal_(0)
+    assert likeness.std() < 1.02 / 64**0.5  # that of independent ones is an eighth
+    assert likeness.max() < 0.75
 
 
 def test_heads_that_read_one_way_read_what_is_before_or_after_a_token() -> None:

@@ -53,7 +53,7 @@ def test_decoder_and_its_condition_compile_without_graph_breaks(variance: str) -
 
 def test_text_adapter_compiles_without_graph_breaks() -> None:
     config = DecoderConfig(
-        image_px=8, context_width=6, unet=UNET, text_adapter=TextAdapterConfig(depth=1, head_width=3, token_width=4)
+        image_px=8, context_width=6, unet=UNET, text_adapter=TextAdapterConfig(depth=1, head_width=3, code_width=4)
     )
     decoder = Decoder(config, DIMS).eval()
     randomise(decoder)
