@@ -35,7 +35,7 @@ CONTENTS = {
         download cfaf94e8bb9c5a4c
         clip b07bc07c2f50986b
         embed 7e8d0e3cfd20cc05
-        decoder ceee2896fa1ad4cf
+        decoder 94e2e981156f7e75
         index 9bd77eb34a77de8e
         prior bef8513bb65538b8
         upsampler_1 db6267ee42069dcd

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 import pytest
@@ -14,7 +15,9 @@ from pipeline.retrieve.changes import delete, delete_everywhere, read_names, res
 from pipeline.retrieve.takedown import Takedown
 from pipeline.workspace.forgotten import Forgotten
 from pipeline.workspace.manifest import Manifest
-from tests.retrieve.segments import CONFIG, append, commit_embed, compact, rows_of, uid_of
+from pipeline.workspace.store import Workspace
+from tests.retrieve.conftest import unit
+from tests.retrieve.segments import CONFIG, DIM, append, commit_embed, compact, rows_of, uid_of
 
 pc: Any = pyarrow.compute  # its functions are made when it is imported
 
@@ -100,11 +103,13 @@ def test_names_are_hashed_once_for_all_shards() -> None:
 
 
 def test_the_urls_of_a_deletion_are_made_a_table_once_for_many_batches_of_rows(
-    index: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a million URLs that takes longer than to look up 8,192 rows: for each batch it would be hours."""
-    output, _, _ = index
     monkeypatch.setattr("pipeline.retrieve.rows.BATCH_ROWS", 5)
+    vectors, workspace = unit(np.random.default_rng(0).normal(size=(24, DIM))), Workspace(str(tmp_path))
+    embed, output = commit_embed(workspace, "base", vectors), workspace.artifact("index", "i")
+    build_index(embed, output, CONFIG, seed=0)
     sizes, is_in = list[int](), pc.is_in
 
     def counted(column: Any, **options: Any) -> Any:
