@@ -89,6 +89,8 @@ def cpu_tables(num_pairs: int, validation_prob: float, size: Size, steps: int, n
                 "text_drop_prob": 0.1,
                 # On these networks it made the decoder read from the tokens which colour belongs to what (docs/lab.md).
                 "pooled_drop_prob": 0.1,
+                # It made the demo's decoder draw things where the caption puts them; photographs were not measured.
+                "sketch_px": base_px // 2,
                 "text_adapter": {"depth": 2, "code_width": 64},
                 "unet": _unet(64, patch_px=2)
                 | {

@@ -112,7 +112,7 @@ def test_a_small_decoder_is_that_of_the_demo_but_for_its_side() -> None:
         side = size.sides_px[0]
         levels = tuple(level * side // demo.image_px for level in demo.unet.attention_resolutions)
         unet = dataclasses.replace(demo.unet, attention_resolutions=levels)
-        assert recipe.decoder.model == dataclasses.replace(demo, image_px=side, unet=unet)
+        assert recipe.decoder.model == dataclasses.replace(demo, image_px=side, sketch_px=side // 2, unet=unet)
 
 
 def _recipe_of_pairs(listed: Path, out: Path) -> Recipe:

@@ -211,7 +211,8 @@ def test_the_limits_of_hosts_outlive_their_process(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("local_ray")
 def test_without_limits_workers_share_the_pauses_that_hosts_ask_for(tmp_path: Path) -> None:
-    context = _context(_tables(tmp_path, ["http://a.example/a.jpg"], resources={"num_workers": 2}))
+    tables = _tables(tmp_path, ["http://a.example/a.jpg"], deadline_s=600, resources={"num_workers": 2})
+    context = _context(tables)
     config = context.recipe.download
     config = replace(config, resources=replace(config.resources, num_workers=1))
     alone = replace(context, recipe=replace(context.recipe, download=config))
@@ -220,7 +221,7 @@ def test_without_limits_workers_share_the_pauses_that_hosts_ask_for(tmp_path: Pa
         limits, others = find_limits(context), find_limits(context)
         assert limits is not None
         assert others is not None
-        await limits.pause("a", 3600)
+        await limits.pause("a", 600)
         while await others.start("a"):
             await asyncio.sleep(0.1)
         assert await others.start("b")

@@ -196,7 +196,8 @@ def test_a_list_whose_pictures_do_not_come_is_one_message(tmp_path: Path) -> Non
 
 
 def test_a_step_of_a_changing_number_of_workers_is_that_of_one_of_the_fewest(tmp_path: Path) -> None:
-    recipe = _recipe(tmp_path, clip={"resources": {"num_workers": [1, 2]}})
+    vit = {"vision": "vit", "vision_width": 32, "vision_depth": 1, "vision_heads": 2, "patch_px": 8}
+    recipe = _recipe(tmp_path, clip={"model": vit, "resources": {"num_workers": [1, 2]}})
     rehearsal = Rehearsal(recipe, tmp_path / "rehearsal", {})
     rehearsal.pairs()
     rehearsal.download()
