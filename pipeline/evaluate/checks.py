@@ -1,7 +1,7 @@
 """The rates of the pixel check: by attribute, with ceiling and floor, and for held-out beside trained combinations."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,22 +54,22 @@ def pixel_check(rows: Sequence[Json], prompts: PromptSet) -> Json:
 def held_out_check(rows: Iterable[Json], prompts: PromptSet, trained_rows: Iterable[Json], trained: PromptSet) -> Json:
     """Held-out beside trained combinations, by number of objects, kind of novelty and attribute.
 
-    A prompt with several novelties counts in each of their kinds.
+    A prompt with several novelties counts in each of their kinds, and so does its twin.
 
     Args:
         rows: One for each held-out prompt: ``prompt_number`` and ``check``.
         prompts: The held-out prompts.
         trained_rows: The same for ``trained``.
-        trained: Prompts of trained combinations.
+        trained: The twins of the first held-out prompts, each with the number of its own.
 
     Returns:
         group -> kind -> attribute -> ``held_out`` and ``trained`` (rates) and ``difference`` (a share, with interval);
         empty without trained prompts.
     """
-    baseline = _tally(trained_rows, trained, lambda _: ("",))
+    twins = _tally(trained_rows, trained, prompts)
     table: Json = {}
-    for (group, kind), rates in _tally(rows, prompts, novelties).items():
-        others = baseline.get((group, ""), {})
+    for (group, kind), rates in _tally(rows, prompts, prompts).items():
+        others = twins.get((group, kind), {})
         table.setdefault(group, {})[kind] = {
             name: {
                 "held_out": rate.to_dict(),
@@ -107,16 +107,15 @@ def parse_flags(text: str | None) -> Flags | None:
     return None if text is None else json.loads(text)
 
 
-def _tally(
-    rows: Iterable[Json], prompts: PromptSet, kinds_of: Callable[[Scene], Iterable[str]]
-) -> dict[tuple[str, str], dict[str, Rate]]:
-    """Rates of generated pictures, by group and kind."""
+def _tally(rows: Iterable[Json], prompts: PromptSet, held_out: PromptSet) -> dict[tuple[str, str], dict[str, Rate]]:
+    """Rates of generated pictures, by group and by what is new in the held-out prompt of the same number."""
     rates: dict[tuple[str, str], dict[str, Rate]] = {}
     for row in rows:
-        scene, flags = prompts.prompts[row["prompt_number"]].scene, parse_flags(row["check"])
-        if scene is None or flags is None:
+        number, flags = row["prompt_number"], parse_flags(row["check"])
+        scene, new = prompts.prompts[number].scene, held_out.prompts[number].scene
+        if scene is None or new is None or flags is None:
             continue
-        for kind in kinds_of(scene):
+        for kind in novelties(new):
             own = rates.setdefault((group_of(scene), kind), {})
             for name, flag in _with_conditions(flags, flags, scene).items():
                 own[name] = own.get(name, Rate(0, 0)) + rate_of([bool(flag)])

@@ -37,7 +37,7 @@ def plan_work(recipe: Recipe, inputs: Mapping[str, Artifact], watch: Watch = unw
     config, embed = recipe.evaluate, embeddings_of(inputs)
     held_out = held_out_rows(embed, config.num_prompts, watch)
     prompts = choose_prompts(config.prompts_path, inputs["pairs"], embed, config.num_prompts, held_out)
-    trained = trained_prompts(config.num_trained_prompts if prompts.source == "drawn" else 0, recipe.seed)
+    trained = trained_prompts(prompts.prompts[: config.num_trained_prompts], recipe.seed)
     samples = samples_of(len(prompts.prompts), config.num_shown, config.num_images_per_shown)
     counts = {"samples": len(samples), "trained": len(trained.prompts), "validation": len(held_out.rows)}
     parts = plan_parts(counts, config.batch_size)

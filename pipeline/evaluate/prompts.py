@@ -23,7 +23,7 @@ from pipeline.errors import DataError
 from pipeline.retrieve.embedded import EmbeddedShards
 from pipeline.retrieve.sample import read_rows
 from pipeline.shapes.captions import canonical_caption
-from pipeline.shapes.scene import Object, Scene, trained_scenes
+from pipeline.shapes.scene import Object, Scene, trained_twins
 from pipeline.workspace.store import Artifact
 
 pc: Any = pyarrow.compute  # its functions are created at import, so a type checker does not know them
@@ -95,7 +95,7 @@ class PromptSet:
     prompts: tuple[Prompt, ...]
     source: str
     """``drawn``, ``captions`` (of validation rows), ``training captions`` (there are no validation rows), ``file``;
-    ``trained`` for combinations that training shows (drawn source)."""
+    ``trained`` for the twins of drawn prompts, of combinations that training shows."""
     num_in_file: int = 0
     """Prompts in the file, of which these are the first; 0: there is no file."""
 
@@ -138,9 +138,9 @@ def choose_prompts(
     return PromptSet(prompts, "captions" if held_out.split == "validation" else "training captions")
 
 
-def trained_prompts(num_prompts: int, seed: int) -> PromptSet:
-    """Prompts of the drawn source whose combinations training shows, to measure what a new combination costs."""
-    scenes = trained_scenes(num_prompts, seed)
+def trained_prompts(prompts: Sequence[Prompt], seed: int) -> PromptSet:
+    """The ``trained_twins`` of drawn prompts, in their order, to measure what a new combination costs."""
+    scenes = trained_twins([prompt.scene for prompt in prompts if prompt.scene is not None], seed)
     return PromptSet(tuple(Prompt(canonical_caption(scene), scene=scene) for scene in scenes), "trained")
 
 

@@ -364,8 +364,9 @@ class EvaluateConfig(StepSection):
     num_prompts: PositiveInt = 240
     """Most prompts sampled for the numbers. None of them was trained on, unless there are no validation rows; of a file
     the first ones are taken."""
-    num_trained_prompts: Annotated[int, Field(ge=0, le=280)] = 120
-    """Drawn source: prompts of trained combinations, to compare the held-out ones with; 0: no comparison."""
+    num_trained_prompts: Annotated[int, Field(ge=0, le=280)] = 240
+    """Drawn source: held-out prompts, the first ones, that are compared with prompts of the same shapes, sizes and
+    places whose combinations training shows; 0: no comparison."""
     prompts_path: str = ""
     """Text file of prompts, one a line; empty: the drawn source's held-out scenes, or validation captions (training
     captions if there are no validation rows)."""

@@ -183,7 +183,7 @@ STEPS = (
     StepRow(
         name="evaluate",
         title="Evaluation",
-        version=8,
+        version=9,
         inputs=tuple(row.name for row in _BEFORE_EVALUATE),
         runner="pipeline.runtime.data:run_evaluate",
         samples=True,

@@ -50,8 +50,8 @@ _SOURCES = {
 }
 _NOVELTIES_ABOUT = (
     "What a new combination costs, in points: samples of prompts with a colour and shape, a background, or a pair of "
-    "objects that training never shows together, minus samples of trained combinations, with the 95 % interval of the "
-    "difference. A prompt with two novelties counts in both columns."
+    "objects that training never shows together, beside samples of the same shapes, sizes and places in colours that "
+    "it shows, with the 95 % interval of the difference. A prompt with two novelties counts in both columns."
 )
 
 
@@ -211,11 +211,8 @@ def format_metrics(metrics: Json) -> str:
         lines.append("")
     for group in novelty_groups(metrics):
         kinds = [f"{kind['name']} ({kind['total']})" for kind in group["kinds"]]
-        columns = [f"trained ({group['total']})".rjust(14), *(f"  {kind:>32}" for kind in kinds)]
-        lines.append(f"{group['title']:52}{''.join(columns)}")
-        for row in group["rows"]:
-            cells = "".join(f"  {100 * cell['rate']:7.1f}% {_points(cell, 1):>24}" for cell in row["cells"])
-            lines.append(f"  {row['name']:50}{100 * row['trained']['rate']:13.1f}%{cells}")
+        lines.append(f"{group['title']:52}{''.join(f'{kind:>42}' for kind in kinds)}")
+        lines += [f"  {row['name']:50}{''.join(map(_compared, row['cells']))}" for row in group["rows"]]
         lines.append("")
     if about := prompts_about(metrics):
         lines += [about, ""]
@@ -229,9 +226,14 @@ def format_metrics(metrics: Json) -> str:
     return "\n".join(lines).rstrip()
 
 
-def _points(cell: Json, digits: int = 0) -> str:
+def _compared(cell: Json) -> str:
+    rates = f"{100 * cell['held_out']:.1f}%, trained {100 * cell['trained']:.1f}%"
+    return f"{rates:>24}{_points(cell):>18}"
+
+
+def _points(cell: Json) -> str:
     """A difference in points with its interval: -3 (-9 to +3)."""
-    difference, low, high = (f"{100 * cell[name]:+.{digits}f}" for name in ("difference", "low", "high"))
+    difference, low, high = (f"{100 * cell[name]:+.0f}" for name in ("difference", "low", "high"))
     return f"{difference} ({low} to {high})"
 
 

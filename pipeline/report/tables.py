@@ -65,16 +65,15 @@ def novelty_groups(metrics: Json) -> list[Json]:
         groups.append(
             {
                 "title": f"{title.capitalize()}: new combinations",
-                "total": first["everything"]["trained"]["total"],
                 "kinds": [
                     {"name": kind, "total": checks["everything"]["held_out"]["total"]} for kind, checks in kinds.items()
                 ],
                 "rows": [
                     {
                         "name": NAMES[name],
-                        "trained": first[name]["trained"],
                         "cells": [
-                            {"rate": checks[name]["held_out"]["rate"], **checks[name]["difference"]}
+                            {kind: checks[name][kind]["rate"] for kind in ("held_out", "trained")}
+                            | checks[name]["difference"]
                             for checks in kinds.values()
                         ],
                     }

@@ -4,7 +4,8 @@ Legend: lengths are fractions of the picture's width (it is square); x grows to 
 The combinations of attributes in ``HELD_OUT`` are never in training; every evaluation prompt contains one.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -203,28 +204,26 @@ def evaluation_scenes(num_scenes: int, seed: int) -> list[EvaluationScene]:
     return scenes
 
 
-def trained_scenes(num_scenes: int, seed: int) -> list[Scene]:
-    """Sample scenes of combinations that training shows, with different prompts; every second has two objects.
+def trained_twins(scenes: Sequence[Scene], seed: int) -> list[Scene]:
+    """For each scene one of the same shapes, sizes, places and relation, whose combinations training shows.
 
-    They are compared with the held-out ones: same distribution of sizes, positions and relations.
+    Its colours and its background are sampled anew. Shapes differ in how well they are drawn, so that held-out
+    combinations, of which some are of the hardest shapes alone, are compared with these and not with any others.
 
     Args:
-        num_scenes: Number of scenes; at most 280, as for ``evaluation_scenes``.
-        seed: Seed of the scenes. A smaller ``num_scenes`` gives the first scenes of a larger one.
-
-    Raises:
-        ValueError: If ``num_scenes`` is not in [0, 280].
+        scenes: The scenes.
+        seed: Seed of the colours. The twins of the first scenes are the first twins.
     """
-    if not 0 <= num_scenes <= 280:
-        message = f"num_scenes must be from 0 to 280, not {num_scenes}"
-        raise ValueError(message)
     rng = np.random.default_rng((seed, 3, 2))
-    scenes: dict[object, Scene] = {}
-    while len(scenes) < num_scenes:
-        scene = _place(rng, [_look(rng) for _ in range(1 + len(scenes) % 2)], _pick(rng, BACKGROUNDS))
-        if not is_held_out(scene) and not _has_equal_objects(scene):
-            scenes.setdefault(_prompt_of(scene), scene)
-    return list(scenes.values())
+    return [_trained_twin(rng, scene) for scene in scenes]
+
+
+def _trained_twin(rng: np.random.Generator, scene: Scene) -> Scene:
+    while True:
+        objects = tuple(replace(item, colour=_pick(rng, COLOURS)) for item in scene.objects)
+        twin = replace(scene, objects=objects, background=_pick(rng, BACKGROUNDS))
+        if not is_held_out(twin) and not _has_equal_objects(twin):
+            return twin
 
 
 def _prompt_of(scene: Scene) -> object:

@@ -157,7 +157,7 @@ def _evaluation_time(recipe: Recipe, unit: EvaluationUnits, process_s: float, he
     most_prompts = unit.most_prompts if is_drawn or config.prompts_path else num_rows
     num_prompts = int(min(config.num_prompts, most_prompts))
     num_samples = num_prompts + min(config.num_shown, num_prompts) * (config.num_images_per_shown - 1)
-    num_trained = config.num_trained_prompts if is_drawn else 0
+    num_trained = min(config.num_trained_prompts, num_prompts) if is_drawn else 0
     sizes = [size for total in (num_samples, num_trained) for size in _part_sizes(total, config.batch_size)]
     parts = [size * unit.sample_s for size in sizes]
     of_rows = [size * unit.row_s for size in _part_sizes(num_rows, config.batch_size)]

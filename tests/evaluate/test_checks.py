@@ -82,7 +82,7 @@ def test_a_condition_that_no_picture_meets_has_no_row() -> None:
     assert "binding, given both shapes" not in table
 
 
-def test_held_out_combinations_are_compared_by_kind_with_the_trained_ones() -> None:
+def test_held_out_combinations_are_compared_by_kind_with_their_trained_twins() -> None:
     colour, shape = HELD_OUT.objects[0]
     star = replace(SCENE.objects[0], colour=colour, shape=shape)
     pair = tuple(
@@ -100,18 +100,20 @@ def test_held_out_combinations_are_compared_by_kind_with_the_trained_ones() -> N
     )  # fmt: skip
     assert (novelties(SCENE), novelties(new_colour)) == ((), ("new colour of a shape",))
     prompts = PromptSet(tuple(Prompt("", scene=scene) for scene in (new_colour, new_pair, both)), "drawn")
-    trained = PromptSet((Prompt("", scene=SCENE),), "trained")
+    trained = PromptSet(tuple(Prompt("", scene=SCENE) for _ in range(2)), "trained")
     rows = [_row({"both shapes": n < 3}, 0) for n in range(10)]
     rows += [_row({"both shapes": n < 5}, 1) for n in range(10)] + [_row({"both shapes": True}, 2)]
-    trained_rows = [_row({"both shapes": n < 6}) for n in range(8)]
+    trained_rows = [_row({"both shapes": n < 6}, 0) for n in range(8)]
+    trained_rows += [_row({"both shapes": n < 1}, 1) for n in range(4)]
     table = held_out_check(rows, prompts, trained_rows, trained)["two objects"]
-    assert list(table) == ["new colour of a shape", "new setting", "new pair"]
+    assert list(table) == ["new colour of a shape", "new pair"]  # the third prompt, in a new setting, has no twin
     assert {kind: checks["both shapes"]["held_out"]["hits"] for kind, checks in table.items()} == {
-        "new colour of a shape": 3, "new setting": 1, "new pair": 6,
+        "new colour of a shape": 3, "new pair": 6,
     }  # fmt: skip
     assert table["new pair"]["everything"]["held_out"]["total"] == 11
     shapes = table["new colour of a shape"]["both shapes"]
     assert shapes["trained"]["rate"] == 0.75
+    assert table["new pair"]["both shapes"]["trained"]["rate"] == 0.25
     assert shapes["difference"] == difference_of(Rate(3, 10), Rate(6, 8))
     assert shapes["difference"]["difference"] == pytest.approx(-0.45)
     assert held_out_check(rows, prompts, [], PromptSet((), "trained")) == {}

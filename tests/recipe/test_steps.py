@@ -28,7 +28,7 @@ CONTENTS = {
         prior_2 b2285f260911edcf
         upsampler_1 ba4e141c3c4fa845
         upsampler_2 12ddf9bf17fa1252
-        evaluate c5a5d7c4e4184bdf
+        evaluate d010fe18b18d623d
     """,
     "demo": """
         pairs d4143a20d5f28e26
@@ -40,7 +40,7 @@ CONTENTS = {
         prior bef8513bb65538b8
         upsampler_1 db6267ee42069dcd
         upsampler_2 ef41a2313ea74048
-        evaluate c4d3a05538f535b8
+        evaluate deb317484eec50f6
     """,
     "karlo": """
         pairs 4821ac1be30e312a
@@ -51,7 +51,7 @@ CONTENTS = {
         index 9bd77eb34a77de8e
         prior 2b18fa041b279f49
         upsampler_1 85853803f90d5dc3
-        evaluate 98d45ac9840cfed0
+        evaluate 76e5ac86c669a200
     """,
     "laion-vit-l14": """
         pairs 784929736a0079fe
@@ -62,7 +62,7 @@ CONTENTS = {
         index 9bd77eb34a77de8e
         prior 8e29ead0ad459dce
         upsampler_1 06989668d80c7372
-        evaluate 6c464a9947eeda4a
+        evaluate acd94587f126b62e
     """,
     "single-gpu": """
         pairs 99d7e7a912feb444
@@ -73,7 +73,7 @@ CONTENTS = {
         index 9bd77eb34a77de8e
         prior befd3707a49f20a1
         upsampler_1 27a8eb5dcd0b5974
-        evaluate db26f2e7e013986a
+        evaluate 700c7d3304af75a6
     """,
 }
 

@@ -214,7 +214,7 @@ def test_format_metrics_prints_every_rate_with_ceiling_and_floor() -> None:
     line = next(line for line in lines if "Relation, given" in line)
     assert line.split()[5:] == ["(60", "of", "97)", "61.9%", "51.9-70.9", "100.0%", "24.0%"]
     line = next(line for line in lines if line.strip().startswith("Both shapes") and "to" in line)
-    assert line.split()[2:] == ["60.0%", "50.0%", "-10.0", "(-25.3", "to", "+6.2)"]
+    assert line.split()[2:] == ["50.0%,", "trained", "60.0%", "-10", "(-25", "to", "+6)"]
     assert any("Caption preferred" in line and "78.7 - 88.3" in line and "50.0 %" in line for line in lines)
     assert any("CLIP score" in line and "0.671" in line for line in lines)
     assert format_metrics({}) == ""

@@ -1,6 +1,7 @@
+from dataclasses import replace
+
 import pytest
 
-from pipeline.shapes.captions import canonical_caption
 from pipeline.shapes.scene import (
     BACKGROUNDS,
     COLOURS,
@@ -15,7 +16,7 @@ from pipeline.shapes.scene import (
     evaluation_scenes,
     is_held_out,
     novelties,
-    trained_scenes,
+    trained_twins,
     training_scene,
 )
 
@@ -131,15 +132,19 @@ def test_novelties_name_every_held_out_combination_of_a_scene() -> None:
         assert named in kinds
 
 
-def test_trained_scenes_hold_only_combinations_that_training_shows() -> None:
-    scenes = trained_scenes(200, seed=0)
-    assert scenes == trained_scenes(280, seed=0)[:200]
-    assert not any(is_held_out(scene) for scene in scenes)
-    assert [len(scene.objects) for scene in scenes] == [1, 2] * 100
-    assert len({canonical_caption(scene) for scene in scenes}) == 200
-    assert trained_scenes(0, seed=0) == []
-    with pytest.raises(ValueError, match="from 0 to 280, not 281"):
-        trained_scenes(281, seed=0)
+def test_trained_twins_differ_from_held_out_scenes_in_colours_and_background_alone() -> None:
+    scenes = [each.scene for each in evaluation_scenes(280, seed=0)]
+    twins = trained_twins(scenes, seed=0)
+    assert twins[:100] == trained_twins(scenes[:100], seed=0)
+    assert not any(is_held_out(twin) for twin in twins)
+    assert {item.colour for twin in twins for item in twin.objects} == set(COLOURS)
+    assert {twin.background for twin in twins} == set(BACKGROUNDS)
+    for scene, twin in zip(scenes, twins, strict=True):
+        assert twin.relation == scene.relation
+        looks = [(item.colour, item.shape) for item in twin.objects]
+        assert len(set(looks)) == len(looks)
+        recoloured = tuple(replace(a, colour=b.colour) for a, b in zip(scene.objects, twin.objects, strict=True))
+        assert recoloured == twin.objects
 
 
 def test_evaluation_scenes_refuse_more_than_there_are() -> None:

@@ -96,7 +96,8 @@ def test_evaluation_time_is_that_of_its_parts_on_its_workers(tmp_path: Path) -> 
     [
         ({}, {"num_prompts": 400}, 280 + 8 + 10, 250),  # there are 280 drawn scenes
         ({}, {"num_prompts": 20, "num_trained_prompts": 0}, 20 + 8, 20),
-        ({"source": "list"}, {}, 20 + 8, 20),  # only the drawn source has trained scenes
+        ({}, {"num_prompts": 20, "num_trained_prompts": 30}, 20 + 8 + 20, 20),  # a prompt has one twin
+        ({"source": "list"}, {}, 20 + 8, 20),  # only drawn prompts have twins
         ({"source": "list", "validation_prob": 0.01}, {}, 10 + 8, 10),
         ({"source": "list", "validation_prob": 0.0}, {}, 20 + 8, 20),  # training rows stand in
         ({}, {"prompts_path": "prompts.txt"}, 3 + 3 * 2, 20),
