@@ -26,8 +26,9 @@ import torch
 from benchmarks.scale import finish
 from benchmarks.side_by_side import publish
 from pipeline.recipe.estimate import Remaining
-from pipeline.recipe.plan import Step, artifact_of, make_plan, plan_status
+from pipeline.recipe.plan import Step, artifact_of, make_plan
 from pipeline.recipe.recipe import load_recipe
+from pipeline.recipe.status import plan_status
 from pipeline.runtime.connection import connect
 from pipeline.runtime.run import run_recipe
 from pipeline.workspace.manifest import Manifest

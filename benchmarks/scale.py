@@ -53,8 +53,9 @@ def measure_ledger(shards: int, rows: int, gpus: int) -> str:
 def measure_planner(shards: int, rows: int, gpus: int) -> str:
     """`unclip plan` on a workspace whose download and embeddings are finished."""
     del gpus
-    from pipeline.recipe.plan import artifact_of, make_plan, plan_status
+    from pipeline.recipe.plan import artifact_of, make_plan
     from pipeline.recipe.recipe import parse_recipe
+    from pipeline.recipe.status import plan_status
 
     with tempfile.TemporaryDirectory() as folder:
         recipe = parse_recipe({"workspace": folder})

@@ -105,7 +105,8 @@ def evaluate(recipe: RecipePath, overrides: Overrides = None, address: RayAddres
     Example: unclip evaluate configs/demo.toml
     """
     from jobs.watch import Watcher
-    from pipeline.recipe.plan import artifact_of, make_plan, plan_status
+    from pipeline.recipe.plan import artifact_of, make_plan
+    from pipeline.recipe.status import plan_status
     from pipeline.runtime.run import run_recipe
     from pipeline.workspace.store import Workspace
 

@@ -29,16 +29,10 @@ from jobs.options import (
 from pipeline.addresses import without_password
 from pipeline.errors import ConfigError, DataError
 from pipeline.recipe.estimate import status_remaining
-from pipeline.recipe.plan import (
-    StepStatus,
-    artifact_of,
-    dependents,
-    make_plan,
-    passing_inputs,
-    plan_status,
-    unseen_inputs,
-)
+from pipeline.recipe.plan import artifact_of, dependents, make_plan
 from pipeline.recipe.recipe import Recipe, json_schema, load_recipe, to_dict
+from pipeline.recipe.status import StepStatus, plan_status
+from pipeline.recipe.user_files import passing_inputs, unseen_inputs
 from pipeline.workspace.forgotten import Forgotten, Pending
 from pipeline.workspace.lock import holder_of
 from pipeline.workspace.manifest import Manifest

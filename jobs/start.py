@@ -30,8 +30,9 @@ from pipeline.data.retries import NONE
 from pipeline.errors import ConfigError, UnclipError
 from pipeline.recipe.estimate import status_remaining
 from pipeline.recipe.last_run import renew_last_run
-from pipeline.recipe.plan import StepStatus, chosen_steps, make_plan, plan_status
+from pipeline.recipe.plan import chosen_steps, make_plan
 from pipeline.recipe.recipe import load_recipe
+from pipeline.recipe.status import StepStatus, plan_status
 from pipeline.workspace.forgotten import Pending
 from pipeline.workspace.progress import duration
 from pipeline.workspace.store import Workspace

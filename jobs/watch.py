@@ -13,7 +13,8 @@ from jobs.board import Board, LiveLines
 from jobs.options import with_recipe
 from pipeline.errors import DataError
 from pipeline.recipe.estimate import Remaining
-from pipeline.recipe.plan import Step, StepStatus
+from pipeline.recipe.plan import Step
+from pipeline.recipe.status import StepStatus
 from pipeline.workspace.manifest import Manifest
 from pipeline.workspace.progress import ProgressState, clock_time, duration
 

@@ -46,7 +46,8 @@ from pipeline.networks.cascade import load_cascade, network_configs
 from pipeline.pictures.png import to_png
 from pipeline.pictures.read import decode
 from pipeline.recipe.garbage import in_use_of
-from pipeline.recipe.plan import Step, artifact_of, finished_artifacts, make_plan, manifest_of, sampling_tables
+from pipeline.recipe.keys import sampling_tables
+from pipeline.recipe.plan import Step, artifact_of, finished_artifacts, make_plan, manifest_of
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.shapes.draw import draw_array

@@ -21,9 +21,10 @@ from pipeline.data.sources import count_pairs
 from pipeline.networks.costs import PEAK_FLOPS, UTILISATION, NetworkCost, build_clip
 from pipeline.networks.table import kind_of
 from pipeline.recipe.estimate import load_times
-from pipeline.recipe.plan import StepStatus, make_plan, plan_status
+from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.schedule import needs_of
+from pipeline.recipe.status import StepStatus, plan_status
 from pipeline.workspace.store import Workspace
 
 Json = dict[str, Any]

@@ -7,8 +7,8 @@ from importlib.metadata import version
 from typing import Any
 
 from models.request import WALK_STEPS, Edit, Inpainting, RawMask, RawPicture, SampleRequest, is_walk
+from pipeline.recipe.keys import recipe_key
 from pipeline.recipe.lineage import exported_weights, weights_of
-from pipeline.recipe.plan import recipe_key
 from pipeline.recipe.provenance import C2PA, C2PA_EDITED, Signer
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import CASCADE_STEPS
@@ -31,7 +31,7 @@ class ModelCard:
     weights: Mapping[str, str] = field(default_factory=dict[str, str])
     """SHA-256 of each network's file of weights, by step, of those whose manifest or exported folder says it."""
     recipe_key: str = ""
-    """See ``recipe.plan.recipe_key``."""
+    """See ``recipe.keys.recipe_key``."""
     mlflow_runs: Mapping[str, str] = field(default_factory=dict[str, str])
     """Id of the MLflow run that trained a network, by step, of those whose manifest names one."""
     sampling: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])

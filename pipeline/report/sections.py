@@ -15,8 +15,9 @@ from pipeline.addresses import values_without_secrets, without_password
 from pipeline.errors import DataError
 from pipeline.pictures.frame import thumbnail
 from pipeline.pictures.read import decode
+from pipeline.recipe.keys import sampling_tables
 from pipeline.recipe.pairs_sections import PairsList
-from pipeline.recipe.plan import Step, sampling_tables
+from pipeline.recipe.plan import Step
 from pipeline.recipe.recipe import Recipe, default_tables, flatten, to_dict
 from pipeline.recipe.steps import STEP_ROWS
 from pipeline.report.charts import Curve, line_chart

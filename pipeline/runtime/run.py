@@ -12,8 +12,10 @@ from pipeline.data.retries import NONE, Before, ask_retry, give_up_retries, wait
 from pipeline.errors import ConfigError, DataError, UnclipError
 from pipeline.recipe.garbage import read_artifacts
 from pipeline.recipe.last_run import renew_last_run, write_last_run
-from pipeline.recipe.plan import Step, StepStatus, artifact_of, dependents, make_plan, passing_inputs, plan_status
+from pipeline.recipe.plan import Step, artifact_of, dependents, make_plan
 from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.status import StepStatus, plan_status
+from pipeline.recipe.user_files import passing_inputs
 from pipeline.runtime.admission import Admission, Waits, at_once, fits_now, require_room
 from pipeline.runtime.connection import are_alive, connect, own_servers, require_alive
 from pipeline.runtime.context import StepContext

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline.recipe.estimate import Remaining, remaining_from, save_times
-from pipeline.recipe.plan import StepStatus, artifact_of
+from pipeline.recipe.plan import artifact_of
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.schedule import Machine, this_machine
+from pipeline.recipe.status import StepStatus
 from pipeline.timing.measure import Watch, measure
 from pipeline.timing.units import step_times
 from pipeline.workspace.store import Workspace

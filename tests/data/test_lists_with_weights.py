@@ -23,7 +23,7 @@ from pipeline.recipe.plan import Step, make_plan
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.store import Artifact
-from tests.tiny.recipe import tiny_tables
+from tests.tiny.recipe import keys_of, tiny_tables
 from tests.tiny.shards import make_embeddings, write_tar
 
 
@@ -43,10 +43,6 @@ def _write(recipe: Recipe, output: Path, **changes: Any) -> tuple[PairsSummary, 
     artifact = Artifact(str(output))
     summary = write_pairs(Source(recipe.pairs, **changes), artifact)
     return summary, Pairs(artifact)
-
-
-def _keys(recipe: Recipe) -> dict[str, str]:
-    return {step.name: step.key for step in make_plan(recipe)}
 
 
 def test_the_rows_of_the_lists_follow_one_another_and_the_first_keeps_a_repeated_row(
@@ -90,22 +86,22 @@ def test_no_shard_has_rows_of_two_lists() -> None:
 def test_a_weight_is_in_the_keys_of_the_trainings_alone(tmp_path: Path) -> None:
     paths = [_write_list(tmp_path / f"{name}.parquet", range(5)) for name in "ab"]
     plain = _recipe(tmp_path, [{"path": path} for path in paths])
-    before, after = _keys(plain), _keys(_recipe(tmp_path, [{"path": paths[0], "weight": 2.0}, {"path": paths[1]}]))
+    before, after = keys_of(plain), keys_of(_recipe(tmp_path, [{"path": paths[0], "weight": 2.0}, {"path": paths[1]}]))
     assert {name for name in before if before[name] == after[name]} == {"pairs", "download"}
     pretrained = {"source": "pretrained", "name": "ViT-B-32", "tag": "openai"}
     frozen = [_recipe(tmp_path, [{"path": paths[0], "weight": w}], clip=pretrained) for w in (1.0, 2.0)]
-    same = {name for name, key in _keys(frozen[0]).items() if _keys(frozen[1])[name] == key}
+    same = {name for name, key in keys_of(frozen[0]).items() if keys_of(frozen[1])[name] == key}
     assert same == {"pairs", "download", "clip", "embed", "index"}
     _write_list(tmp_path / "b.parquet", range(6))
-    assert _keys(plain)["pairs"] != before["pairs"], "the content of each list is part of the key"
+    assert keys_of(plain)["pairs"] != before["pairs"], "the content of each list is part of the key"
     swapped = _recipe(tmp_path, [{"path": path} for path in reversed(paths)])
-    assert _keys(swapped)["pairs"] != _keys(plain)["pairs"]
+    assert keys_of(swapped)["pairs"] != keys_of(plain)["pairs"]
 
 
 def test_one_list_of_weight_one_is_the_same_as_its_path_alone(tmp_path: Path) -> None:
     path = _write_list(tmp_path / "a.parquet", range(5))
     alone = parse_recipe(tiny_tables(tmp_path / "workspace", pairs={"source": "list", "path": path}))
-    assert _keys(_recipe(tmp_path, [{"path": path}])) == _keys(alone)
+    assert keys_of(_recipe(tmp_path, [{"path": path}])) == keys_of(alone)
     [pairs] = make_plan(alone, until="pairs")
     assert "lists" not in pairs.section
     assert "list_weights" not in _step(alone, "prior").section

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import ray
 
-from pipeline.recipe.plan import artifact_of, make_plan, plan_status
+from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.recipe.recipe import Recipe, parse_recipe
+from pipeline.recipe.status import plan_status
 from pipeline.runtime.run import run_recipe
 from pipeline.workspace.store import Workspace
 from tests.ports import free_port

@@ -10,7 +10,8 @@ from pipeline.data.retries import end_retry
 from pipeline.errors import StepError
 from pipeline.forget.forget import finish
 from pipeline.forget.search import search
-from pipeline.recipe.plan import make_plan, plan_status
+from pipeline.recipe.plan import make_plan
+from pipeline.recipe.status import plan_status
 from pipeline.runtime import run
 from pipeline.runtime.context import StepResult
 from pipeline.runtime.step_task import commit_step, forget_if_inputs_changed

@@ -11,8 +11,9 @@ from pipeline.init.fit import FREE_SHARE, Fit, fit, most_within
 from pipeline.init.recipe import write_recipe
 from pipeline.init.sizes import CPU_SIZES, Size, cpu_tables
 from pipeline.recipe.estimate import status_remaining
-from pipeline.recipe.plan import make_plan, plan_status
+from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import Recipe, load_recipe, parse_recipe
+from pipeline.recipe.status import plan_status
 from pipeline.timing.units import TrainingUnits, Units
 from pipeline.workspace.store import Workspace
 from tests.tiny.command import ROOT

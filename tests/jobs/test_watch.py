@@ -12,8 +12,9 @@ from jobs import watch
 from jobs.watch import Follower, SamplingWatcher, Watcher, is_reading
 from models.stage import StageStep
 from pipeline.recipe.estimate import Remaining
-from pipeline.recipe.plan import Step, StepStatus
+from pipeline.recipe.plan import Step
 from pipeline.recipe.schedule import Span
+from pipeline.recipe.status import StepStatus
 from pipeline.workspace.manifest import Manifest
 from pipeline.workspace.progress import ProgressState
 

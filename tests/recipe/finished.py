@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.pictures.png import to_png, with_texts
 from pipeline.recipe.last_run import write_last_run
-from pipeline.recipe.plan import artifact_of, make_plan, manifest_of
+from pipeline.recipe.plan import Step, artifact_of, make_plan, manifest_of
 from pipeline.recipe.recipe import Recipe
 from pipeline.workspace.manifest import Manifest
 from pipeline.workspace.store import Artifact, Workspace
@@ -25,6 +25,12 @@ def finish(recipe: Recipe) -> dict[str, str]:
         output.write_bytes("00000.bin", step.name.encode())
         output.commit(manifest_of(step, output, {"in": 3, "ok": 3}))
     return {step.name: step.key for step in steps}
+
+
+def commit_step(workspace: Workspace, step: Step) -> None:
+    """Commit the artifact of a step as it is."""
+    artifact = artifact_of(workspace, step)
+    artifact.commit(manifest_of(step, artifact))
 
 
 def commit_index(index: Artifact, *segments: list[str], contents: Mapping[str, str] | None = None) -> None:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.recipe.plan import Step, artifact_of, make_plan, manifest_of, plan_status
+from pipeline.recipe.plan import Step, artifact_of, make_plan, manifest_of
 from pipeline.recipe.recipe import load_recipe
+from pipeline.recipe.status import plan_status
 from pipeline.recipe.train_sections import TrainPhase
 from pipeline.workspace.manifest import content_of
 from pipeline.workspace.store import INPUTS, Artifact, Workspace

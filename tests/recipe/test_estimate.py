@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.recipe.estimate import StepTime, load_times, remaining, save_times, status_remaining
-from pipeline.recipe.plan import Step, artifact_of, make_plan, manifest_of, plan_status
+from pipeline.recipe.plan import Step, artifact_of, make_plan, manifest_of
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.recipe.schedule import Machine
+from pipeline.recipe.status import plan_status
 from pipeline.workspace.manifest import Manifest
 from pipeline.workspace.progress import Progress, ProgressState
 from pipeline.workspace.store import Workspace

@@ -11,9 +11,9 @@ from models.request import RawPicture, SampleRequest, TextDiff, Variation
 from pipeline.errors import DataError
 from pipeline.networks.diffusers import export_native
 from pipeline.networks.files import verified_files
+from pipeline.recipe.keys import recipe_key
 from pipeline.recipe.lineage import weights_of, write_origin
 from pipeline.recipe.picture_card import ModelCard, made_with, model_card
-from pipeline.recipe.plan import recipe_key
 from pipeline.recipe.recipe import load_recipe
 from pipeline.recipe.steps import CASCADE_STEPS
 from pipeline.runtime.served import served_artifacts

@@ -17,8 +17,9 @@ from pipeline.data.pairs import Part, write_index
 from pipeline.data.retries import NONE, waiting_retries
 from pipeline.errors import ConfigError, StepError
 from pipeline.recipe.last_run import read_last_run
-from pipeline.recipe.plan import artifact_of, make_plan, manifest_of, plan_status
+from pipeline.recipe.plan import artifact_of, make_plan, manifest_of
 from pipeline.recipe.recipe import Recipe, load_recipe
+from pipeline.recipe.status import plan_status
 from pipeline.runtime import run, step_task
 from pipeline.runtime.admission import at_once, fits_now
 from pipeline.runtime.connection import connect

@@ -8,8 +8,9 @@ from PIL import Image
 from models.cascade import Cascade
 from models.stage import StageStep
 from pipeline.errors import ConfigError, StepError
+from pipeline.recipe.keys import recipe_key
 from pipeline.recipe.lineage import trace
-from pipeline.recipe.plan import make_plan, recipe_key
+from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.sampling.sample import PictureFolder, sample_prompts, sample_recipe
 from tests.tiny.workspace import evaluated_tables

@@ -14,9 +14,10 @@ from pipeline.data.vectors import to_unit
 from pipeline.errors import ConfigError, DataError, StepError
 from pipeline.networks.table import NETWORKS, kind_of
 from pipeline.recipe.estimate import StepTime, load_times, save_times
-from pipeline.recipe.plan import make_plan, plan_status
+from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.recipe.schedule import this_machine
+from pipeline.recipe.status import plan_status
 from pipeline.recipe.steps import STEP_ROWS
 from pipeline.timing.companion import training_together
 from pipeline.timing.measure import _crowding, measure

@@ -7,6 +7,8 @@ from typing import Any
 
 import tomli_w
 
+from pipeline.recipe.plan import make_plan
+from pipeline.recipe.recipe import Recipe
 from tests.models import tiny_models
 
 Tables = dict[str, Any]
@@ -52,6 +54,11 @@ def merge(below: Tables, above: Tables) -> Tables:
 def tiny_tables(workspace: Path, **changes: Any) -> Tables:
     """The tables of a tiny recipe with its workspace, before ``parse_recipe``."""
     return merge(TABLES | {"workspace": str(workspace)}, changes)
+
+
+def keys_of(recipe: Recipe) -> dict[str, str]:
+    """The key of each step of a recipe."""
+    return {step.name: step.key for step in make_plan(recipe)}
 
 
 def training(num_steps: int, *, batch_size: int, save_every_steps: int = 2, log_every_steps: int = 1) -> Tables:

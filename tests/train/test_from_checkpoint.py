@@ -124,7 +124,7 @@ def test_a_training_starts_from_a_checkpoint_of_another(
 def test_a_training_goes_on_inside_its_run_when_the_checkpoint_that_it_started_from_is_gone(
     training: tuple[Recipe, TrainJob, list[str]], tmp_path: Path
 ) -> None:
-    """Another run needs a copy: see tests/recipe/test_plan.py."""
+    """Another run needs a copy: see tests/recipe/test_user_files.py."""
     recipe, job, _ = training
     file = tmp_path / "kept.safetensors"
     file.write_bytes(job.output.path(checkpoint_name(4)).read_bytes())

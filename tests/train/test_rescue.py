@@ -16,8 +16,9 @@ from models.sample_random import SampleRandom
 from pipeline.data.batches import Batch
 from pipeline.errors import ConfigError, ResumeError, StepError
 from pipeline.networks.contrast import ContrastiveObjective, Pairs
-from pipeline.recipe.plan import artifact_of, earlier_trainings, make_plan, plan_status
+from pipeline.recipe.plan import artifact_of, earlier_trainings, make_plan
 from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.status import plan_status
 from pipeline.recipe.train_sections import TrainPhase
 from pipeline.train.accumulation import Place
 from pipeline.train.assemble import EarlierTraining, TrainJob

@@ -28,9 +28,10 @@ from pipeline.data.sources import Source
 from pipeline.errors import ConfigError, DataError
 from pipeline.init.recipe import write_recipe
 from pipeline.recipe.pairs_sections import PairsConfig
-from pipeline.recipe.plan import artifact_of, make_plan, unseen_inputs
+from pipeline.recipe.plan import artifact_of, make_plan
 from pipeline.recipe.recipe import load_recipe, parse_recipe
 from pipeline.recipe.sections import DownloadConfig
+from pipeline.recipe.user_files import unseen_inputs
 from pipeline.runtime.context import StepContext
 from pipeline.workspace import objects
 from pipeline.workspace.digests import fingerprint

@@ -11,8 +11,9 @@ import pytest
 
 from pipeline.data.training_rows import ShardReader
 from pipeline.errors import ConfigError, DataError, StepError
-from pipeline.recipe.plan import artifact_of, finished_artifacts, make_plan, plan_status
+from pipeline.recipe.plan import artifact_of, finished_artifacts, make_plan
 from pipeline.recipe.recipe import Recipe, parse_recipe
+from pipeline.recipe.status import plan_status
 from pipeline.sampling.sample import sample_recipe
 from pipeline.workspace import objects
 from pipeline.workspace.files import open_file
