@@ -1,10 +1,6 @@
 """The pairs step at its joints: pieces, repeated rows across pieces, kills, one side for every picture."""
 
-import errno
-import io
 import json
-import os
-import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,38 +12,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.data import duplicates, make_pairs, sources
-from pipeline.data.make_pairs import COMPARE, PairsMaker, PairsSummary, write_pairs
+from pipeline.data.make_pairs import COMPARE, PairsMaker, write_pairs
 from pipeline.data.pairs import Pairs
 from pipeline.data.rows import make_uid, numbered_names, split_of
 from pipeline.data.sources import Source
-from pipeline.errors import DataError, StepError
-from pipeline.recipe.pairs_sections import PairsConfig, PairsList
-from pipeline.recipe.plan import make_plan
-from pipeline.recipe.recipe import parse_recipe
-from pipeline.runtime.context import StepContext
-from pipeline.runtime.pairs import run_pairs
+from pipeline.errors import DataError
+from pipeline.recipe.pairs_sections import PairsConfig
 from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.store import LIVE, Artifact
+from tests.data.listing import bytes_of, write_repeats
 from tests.tiny.pairs import write_parts
-from tests.tiny.recipe import tiny_tables
-
-
-def _parts(folder: Path, num_parts: int = 5, rows: int = 300) -> Source:
-    """A list of parts in which every third row is one of an earlier part or of its own."""
-    folder.mkdir(parents=True)
-    for part in range(num_parts):
-        numbers = [number - 100 * (number % 3 == 0) for number in range(part * rows, (part + 1) * rows)]
-        table = pa.table({"url": [f"http://a/{n // 2}" for n in numbers], "caption": [f"caption {n}" for n in numbers]})
-        pq.write_table(table, folder / f"{part}.parquet")
-    return Source(PairsConfig(source="list", path=str(folder), validation_prob=0.3))
-
-
-def _files(folder: Path) -> dict[str, bytes]:
-    return {
-        path.name: path.read_bytes()
-        for path in folder.iterdir()
-        if path.is_file() and not path.name.endswith(".done.json")
-    }
+from tests.tiny.shards import write_tar
 
 
 @pytest.fixture(params=[1024, 3])
@@ -61,7 +36,7 @@ def in_pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.usefixtures("in_pieces")
 def test_repeated_rows_are_found_across_pieces_and_the_first_stays(tmp_path: Path) -> None:
-    source, output = _parts(tmp_path / "list"), Artifact(str(tmp_path / "out"))
+    source, output = write_repeats(tmp_path / "list"), Artifact(str(tmp_path / "out"))
     summary = write_pairs(source, output)
     pairs = Pairs(output)
     rows = [
@@ -101,7 +76,7 @@ class _Recorded(Artifact):
 
 @pytest.mark.usefixtures("in_pieces")
 def test_a_run_that_is_killed_in_any_task_continues_to_the_same_bytes(tmp_path: Path) -> None:
-    source, whole = _parts(tmp_path / "list"), _Recorded(str(tmp_path / "whole"))
+    source, whole = write_repeats(tmp_path / "list"), _Recorded(str(tmp_path / "whole"))
     write_pairs(source, whole)
     for stop in range(len(whole.done)):
         killed, again = _Recorded(str(tmp_path / f"{stop}"), stop), _Recorded(str(tmp_path / f"{stop}"))
@@ -109,11 +84,12 @@ def test_a_run_that_is_killed_in_any_task_continues_to_the_same_bytes(tmp_path: 
             write_pairs(source, killed)
         write_pairs(source, again)
         assert [*killed.done, *again.done] == whole.done
-        assert _files(tmp_path / f"{stop}") == _files(tmp_path / "whole")
+        assert bytes_of(tmp_path / f"{stop}") == bytes_of(tmp_path / "whole")
 
 
 def test_what_an_earlier_release_has_compared_or_written_is_done_again(tmp_path: Path) -> None:
-    source, whole, half = _parts(tmp_path / "list"), Artifact(str(tmp_path / "whole")), Artifact(str(tmp_path / "half"))
+    source = write_repeats(tmp_path / "list")
+    whole, half = (Artifact(str(tmp_path / name)) for name in ("whole", "half"))
     write_pairs(source, whole)
     half.write_json(f"{LIVE}pieces.json", [])
     with half.write(f"{COMPARE}0000-1024.npy") as path, path.open("wb") as stream:
@@ -122,24 +98,24 @@ def test_what_an_earlier_release_has_compared_or_written_is_done_again(tmp_path:
     for name in (f"{COMPARE}0000-1024", "00000"):
         half.commit_shard(ShardRecord(shard=name, counts={"in": 3, "ok": 0, "duplicate": 3}, files={}))
     write_pairs(source, half)
-    assert _files(tmp_path / "half") == _files(tmp_path / "whole")
+    assert bytes_of(tmp_path / "half") == bytes_of(tmp_path / "whole")
     assert half.shard_records().keys() == whole.shard_records().keys()
 
 
 @pytest.mark.usefixtures("in_pieces")
 def test_tasks_of_a_phase_may_be_done_in_any_order(tmp_path: Path) -> None:
-    source = _parts(tmp_path / "list")
+    source = write_repeats(tmp_path / "list")
     write_pairs(source, Artifact(str(tmp_path / "whole")))
     maker = PairsMaker(source, Artifact(str(tmp_path / "backwards")))
     for names in maker.phases():
         for name in reversed(names):
             maker.make(name)
     maker.finish()
-    assert _files(tmp_path / "backwards") == _files(tmp_path / "whole")
+    assert bytes_of(tmp_path / "backwards") == bytes_of(tmp_path / "whole")
 
 
 def test_one_piece_or_many_give_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = _parts(tmp_path / "list")
+    source = write_repeats(tmp_path / "list")
     tables: list[pa.Table] = []
     for size in (1 << 30, 1):
         monkeypatch.setattr(sources, "PIECE_BYTES", size)
@@ -247,7 +223,7 @@ def test_the_share_of_long_captions_counts_each_part_by_its_rows(
 
 
 def test_max_pairs_counts_rows_over_all_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = _parts(tmp_path / "list")
+    source = write_repeats(tmp_path / "list")
     monkeypatch.setattr(sources, "PIECE_BYTES", 1)
     limited = replace(source, config=replace(source.config, max_pairs=450))
     output = Artifact(str(tmp_path / "out"))
@@ -277,7 +253,9 @@ def _with_malformed_rows(path: Path, kind: str) -> Path:
             (path / f"{number:02d}.txt").write_bytes(b"good" if good else b"\xff")
     elif kind == "shards":
         texts = {f"{number:02d}.txt": b"good" if good else b"\xff" for number, good in enumerate(is_good)}
-        _write_tar(path / "0.tar", texts | {f"{number:02d}.jpg": str(number).encode() for number in range(60)})
+        path.mkdir()
+        pictures = {f"{number:02d}.jpg": str(number).encode() for number in range(60)}
+        write_tar(path / "0.tar", (texts | pictures).items())
     elif kind == "parquet":
         captions = [b"good" if good else b"\xff" for good in is_good]
         pq.write_table(pa.table({"url": urls, "caption": captions}), path)
@@ -292,108 +270,6 @@ def _with_malformed_rows(path: Path, kind: str) -> Path:
             lines = [json.dumps(row) if good else "no row" for row, good in zip(rows, is_good, strict=True)]
         path.write_text("\n".join(lines if kind == "jsonl" else [f"url{mark}caption", *lines]))
     return path
-
-
-def _write_tar(path: Path, files: dict[str, bytes]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is read of the artifacts of this process: ``records`` of all tasks, or a file by its name."""
-    made: list[str] = []
-    shard_records, path = Artifact.shard_records, Artifact.path
-
-    def records_noted(self: Artifact, *, live: bool = True) -> dict[str, ShardRecord]:
-        made.append("records")
-        return shard_records(self, live=live)
-
-    def path_noted(self: Artifact, name: str) -> Path:
-        made.append(name)
-        return path(self, name)
-
-    monkeypatch.setattr(Artifact, "shard_records", records_noted)
-    monkeypatch.setattr(Artifact, "path", path_noted)
-    return made
-
-
-@pytest.mark.parametrize("max_pairs", [0, 1000])
-def test_the_records_of_all_tasks_are_read_once_a_phase_and_no_part_is_read_again(
-    max_pairs: int, calls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _parts(tmp_path / "list", num_parts=40, rows=9)
-    monkeypatch.setattr(sources, "PIECE_BYTES", 1)
-    pairs = {"source": "list", "path": str(tmp_path / "list"), "resources": {"num_workers": 1}, "max_pairs": max_pairs}
-    recipe = parse_recipe(tiny_tables(tmp_path / "w", pairs=pairs))
-    context = StepContext(recipe, make_plan(recipe)[0], recipe.workspace)
-    assert run_pairs(context).counts["in"] == 360
-    assert len(Pairs(context.output).parts) == (1 if max_pairs else 40)
-    assert calls.count("records") <= 7  # of four phases, and of what lies between them
-    assert not [name for name in calls if "/" not in name and name.endswith(".parquet")]
-
-
-def test_max_pairs_reads_the_records_of_the_pieces_before_once(calls: list[str], tmp_path: Path) -> None:
-    for number in range(9):
-        _write_tar(tmp_path / f"in/{number}.tar", {f"{key}.{end}": b"" for key in "ab" for end in ("jpg", "txt")})
-    source = Source(PairsConfig(source="shards", path=str(tmp_path / "in"), max_pairs=13))
-    for num_reads in (0, 1):  # the second maker has made none of the pieces
-        maker = PairsMaker(source, Artifact(str(tmp_path / "out")))
-        names = next(maker.phases())
-        rows = [maker.make(name).counts.get("in", 0) for name in (names if not num_reads else reversed(names))]
-        assert sorted(rows) == [0, 0, 1, 2, 2, 2, 2, 2, 2]
-        assert calls.count("records") == num_reads
-
-
-def _write_tars(folder: Path, num_tars: int, num_samples: int) -> None:
-    """Tars of which each begins with the last sample of the one before; the second has none."""
-    for tar in range(num_tars):
-        numbers = range(0 if tar == 1 else num_samples)
-        texts = [f"text {tar * (num_samples - 1) + number}".encode() for number in numbers]
-        files = {f"{number}.{end}": text for number, text in enumerate(texts) for end in ("jpg", "txt")}
-        _write_tar(folder / f"{tar:03d}.tar", files)
-
-
-@pytest.mark.parametrize("max_pairs", [0, 3, 8, 1000])
-def test_tars_that_are_read_together_give_the_same_list(
-    max_pairs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, num_tars in (("in", 11), ("more", 5)):
-        _write_tars(tmp_path / name, num_tars, 3)
-    lists = tuple(PairsList(path=str(tmp_path / name)) for name in ("in", "more"))
-    source = Source(PairsConfig(source="shards", lists=lists, max_pairs=max_pairs))
-    made = list[tuple[dict[str, bytes], PairsSummary]]()
-    for most in (1024, 4, 1):
-        monkeypatch.setattr(make_pairs, "MOST_READS", most)
-        output = Artifact(str(tmp_path / f"out{most}"))
-        summary = write_pairs(source, output)
-        made.append((_files(tmp_path / f"out{most}"), summary))
-        assert len([name for name in output.names() if name.endswith(".runs")]) <= 2 * most
-    assert made[1:] == made[:1] * 2
-    assert len(made[0][0]) == len(source.pieces()) + 1
-
-
-def test_what_is_asked_of_the_storage_grows_with_the_tars_and_not_with_the_groups(
-    calls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(make_pairs, "MOST_READS", 4)
-    asked = list[int]()
-    for group_rows in (1000, 10):
-        monkeypatch.setattr(duplicates, "GROUP_ROWS", group_rows)
-        _write_tars(tmp_path / f"in{group_rows}", 20, 3)
-        output = Artifact(str(tmp_path / f"out{group_rows}"))
-        calls.clear()
-        write_pairs(Source(PairsConfig(source="shards", path=str(tmp_path / f"in{group_rows}"))), output)
-        num_groups = len([name for name in output.names() if name.endswith(".npy")]) - 1
-        assert len([name for name in calls if name.endswith(".runs")]) == 4
-        assert len([name for name in calls if name.startswith(COMPARE)]) == num_groups
-        asked.append(len([name for name in calls if name != "records"]) - num_groups)
-    assert num_groups == 6
-    assert asked[0] == asked[1] == 4 + 20 + 1  # runs, rows, and what was found
 
 
 def test_found_positions_are_gathered_by_their_pieces(tmp_path: Path) -> None:
@@ -412,28 +288,6 @@ def test_found_positions_are_gathered_by_their_pieces(tmp_path: Path) -> None:
         for piece in range(8):
             of_piece = [position & (1 << 40) - 1 for position in expected if position >> 40 == piece]
             assert duplicates.rows_of_piece(found, piece).tolist() == of_piece
-
-
-def test_a_full_disk_is_named_before_what_was_found_is_gathered(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = list[tuple[int, int, int]]()
-
-    def fail(handle: int, start: int, num_bytes: int) -> None:
-        asked.append((start, num_bytes, os.fstat(handle).st_size))
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    source, output = _parts(tmp_path / "list"), Artifact(str(tmp_path / "out"))
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "posix_fallocate", fail)
-        with pytest.raises(StepError, match=r"live/repeats\.npy: the disk is full"):
-            write_pairs(source, output)
-    [(start, num_bytes, size_bytes)] = asked
-    assert start == 0
-    assert num_bytes == size_bytes
-    assert not output.exists("live/repeats.npy")
-    num_found = write_pairs(source, output).counts["duplicate"]
-    assert size_bytes > 8 * num_found > 0
 
 
 def test_the_reader_reads_any_span_of_rows(tmp_path: Path) -> None:
