@@ -19,7 +19,7 @@ from pipeline.workspace.store import Artifact, Workspace
 from tests.data.conftest import make_picture
 from tests.tiny.command import unclip
 from tests.tiny.recipe import merge, tiny_tables, training
-from tests.tiny.training import no_watch
+from tests.tiny.training import KilledError, kill_at, no_watch
 
 _BATCH, _NUM_STEPS = 4, 16
 _NUMBERS = {"a": range(12), "b": range(100, 110)}
@@ -47,10 +47,6 @@ def _write_recipe(folder: Path) -> Path:
     path = folder / "recipe.toml"
     path.write_text(tomli_w.dumps(merge(tables, {"tracking": {"uri": "off"}})))
     return path
-
-
-class _KilledError(Exception):
-    pass
 
 
 @pytest.mark.slow
@@ -102,15 +98,10 @@ def test_a_training_sees_the_rows_of_each_list_as_its_weight_says(
         halves.append({caption for caption in counts if caption in rows["b"]})
     assert [len(half) for half in halves] == [num_b // 2, num_b - num_b // 2]
     assert not halves[0] & halves[1], "the second epoch has the other rows"
-
-    def kill(done: int, total: int, message: str) -> None:
-        if done == 5:
-            raise _KilledError
-
     wild = replace(job, output=Artifact(str(tmp_path / "wild")))
     batches.clear()
-    with pytest.raises(_KilledError):
-        run_job(wild, kill)
+    with pytest.raises(KilledError):
+        run_job(wild, kill_at(5))
     assert batches == calm[:5]
     batches.clear()
     run_job(wild, no_watch)

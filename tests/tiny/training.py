@@ -1,5 +1,6 @@
 """One tiny training of each network, without Ray: its recipe, its inputs, its job."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,16 @@ def training_recipe(num_steps: int = 6) -> Recipe:
     )
 
 
+def changed_recipe(name: str, **changes: Any) -> Recipe:
+    """The recipe with fields of one step's section changed, ``section__field`` inside its tables."""
+    section: Any = getattr(training_recipe(), name)
+    for path, value in changes.items():
+        table, _, field = path.rpartition("__")
+        inner = replace(getattr(section, table), **{field: value}) if table else value
+        section = replace(section, **{table or field: inner})
+    return replace(training_recipe(), **{name: section})
+
+
 def bound_recipe() -> Recipe:
     """A decoder that is trained on the bound; of two timesteps, so that ten losses of each are soon known."""
     recipe = training_recipe()
@@ -70,6 +81,20 @@ def tiny_job(name: str, inputs: dict[str, Artifact], output: Path, recipe: Recip
 
 def no_watch(done: int, total: int, message: str) -> None:
     """Nobody watches."""
+
+
+class KilledError(Exception):
+    """In place of a kill."""
+
+
+def kill_at(step: int) -> Callable[[int, int, str], None]:
+    """Somebody watches, and kills the training when a step is done."""
+
+    def watch(done: int, total: int, message: str) -> None:
+        if done == step:
+            raise KilledError
+
+    return watch
 
 
 def upsampler_context(recipe: Recipe) -> StepContext:
