@@ -1,53 +1,25 @@
-import asyncio
+"""Searches of the index: what they find, and what their answers say."""
+
 import base64
-import dataclasses
-import gc
-import json
-import time
-import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import AsyncMock, Mock
+from unittest.mock import AsyncMock
 
 import httpx
 import numpy as np
-import psutil
-import pyarrow.parquet as pq
 import pytest
-from fastapi import FastAPI
-from fastapi.responses import RedirectResponse, Response
 
 from pipeline.data.rows import make_uid
-from pipeline.data.urls import AddressRules
 from pipeline.data.vectors import to_unit
 from pipeline.errors import ConfigError, StepError
 from pipeline.recipe.picture_card import ModelCard
-from pipeline.recipe.plan import artifact_of, make_plan
-from pipeline.serve import knn, local_neighbours, uploads
+from pipeline.serve import local_neighbours, uploads
 from pipeline.serve.api import ApiSettings, create_app
 from pipeline.serve.knn_bodies import KnnRequest
-from pipeline.serve.web import ApiError, parse
-from pipeline.workspace.store import Workspace
-from tests.tiny.pictures import noisy_picture
+from tests.serve.knn_requests import embeddings, post
 from tests.tiny.shards import pixels, plain_picture
 from tests.tiny.workspace import COLOURS
-
-
-def post(server: Any, path: str = "/knn-service", **body: Any) -> httpx.Response:
-    # As clip-retrieval's own client sends it: JSON without a content type, every field there, null where unused.
-    fields = {
-        "text": None, "image": None, "image_url": None, "embedding_input": None,
-        "modality": "image", "num_images": 3, "indice_name": "tiny", "use_mclip": False, "deduplicate": False,
-        "use_safety_model": True, "use_violence_detector": True, "aesthetic_score": "", "aesthetic_weight": 0.5,
-    }  # fmt: skip
-    return httpx.post(f"{server.url}{path}", content=json.dumps(fields | body))
-
-
-def embeddings(server: Any) -> Any:
-    steps = {step.name: step for step in make_plan(server.recipe)}
-    embed = artifact_of(Workspace(server.recipe.workspace), steps["embed"])
-    return pq.read_table(embed.path("00000.parquet"))
 
 
 def test_a_picture_finds_itself_first_with_its_row_and_its_pixels(server: Any) -> None:
@@ -142,27 +114,6 @@ def test_the_index_has_the_name_of_the_recipe(server: Any) -> None:
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "index_not_found")
 
 
-@pytest.mark.parametrize(
-    ("body", "words"),
-    [
-        ({}, "give one of text, image, embedding_input"),
-        ({"image_url": "http://169.254.169.254/latest"}, "fetches no URLs"),
-        ({"image": "not base64!"}, "image: not base64"),
-        ({"image": base64.b64encode(b"GIF89a nonsense").decode()}, "image: not a picture"),
-        ({"embedding_input": [1.0, 2.0]}, "2 numbers; this index takes 16"),
-        ({"embedding_input": [0.0] * 16}, "all zero"),
-        ({"embedding_input": [10**400] * 16}, "16 numbers; this index takes 16, all finite"),
-        ({"text": "a", "modality": "sound"}, "modality"),
-        ({"text": "a", "num_images": 100_000}, "num_images"),
-        ({"text": "a", "num_images": None}, "num_images"),
-    ],
-)
-def test_wrong_searches_are_400_and_say_why(server: Any, body: dict[str, Any], words: str) -> None:
-    answer = post(server, **body)
-    assert answer.status_code == 400
-    assert words in answer.json()["error"]["message"]
-
-
 def test_without_near_duplicates_there_are_still_k_rows(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """clip-retrieval returns fewer; here the next rows take the place of those that are left out."""
     table = embeddings(server)
@@ -178,58 +129,6 @@ def test_without_near_duplicates_there_are_still_k_rows(server: Any, monkeypatch
         body = {"embedding_input": vectors[4].tolist(), "num_images": count, "num_result_ids": count}
         results = post(server, **body, deduplicate=True).json()
         assert [one["uid"] for one in results] == [table.column("uid")[row].as_py() for row in expected]
-
-
-def test_millions_of_empty_lists_are_refused_at_once_and_never_made(server: Any) -> None:
-    body = b'{"modality": "image", "num_images": 3, "embedding_input": [' + b"[]," * 3_000_000 + b"[]]}"
-    process = psutil.Process()
-    before, start = process.memory_info().rss, time.process_time()
-    answer = httpx.post(f"{server.url}/knn-service", content=body, timeout=60)
-    assert time.process_time() - start < 1  # of client and server
-    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "body_too_large")
-    assert process.memory_info().rss - before < 60 << 20  # the body itself, twice; its lists would take 200 MB
-    few = post(server, embedding_input=[[]] * 60_000)
-    assert few.status_code == 400
-    assert few.json()["error"]["param"].startswith("embedding_input")
-
-
-def test_unknown_rows_are_400(server: Any) -> None:
-    [first] = post(server, text="a red picture", num_images=1).json()
-    answer = post(server, "/metadata", ids=[first["id"], 10])
-    message = "ids: no row 10: the index has 10 rows, and none of this id"
-    assert (answer.status_code, answer.json()["error"]["message"]) == (400, message)
-    for number in (-1, 2**53, 2**70):
-        message = f"ids: no row {number}: an id has 53 bits"
-        answer = post(server, "/metadata", ids=[number])
-        assert (answer.status_code, answer.json()["error"]["message"]) == (400, message)
-
-
-def test_a_picture_that_would_fill_the_memory_is_not_decoded(server: Any) -> None:
-    bomb = plain_picture("red", 6400)  # a few kilobytes, 41 million pixels
-    answer = post(server, image=base64.b64encode(bomb).decode())
-    assert answer.status_code == 400
-    assert "image: image area too large (6400 x 6400 px" in answer.json()["error"]["message"]
-
-
-@pytest.mark.parametrize("shape", ["text", "escapes", "numbers", "image", "no json"])
-def test_a_large_body_that_is_refused_costs_little(server: Any, shape: str) -> None:
-    num_bytes = 23 << 20
-    bodies = {
-        "text": b'{"modality": "image", "num_images": 3, "text": "' + b"x" * num_bytes + b'"}',
-        "escapes": b'{"modality": "image", "num_images": 3, "text": "' + b"a\\n" * (num_bytes // 3) + b'"}',
-        "numbers": b'{"modality": "image", "num_images": 3, "embedding_input": [' + b"1," * (num_bytes // 2) + b"1]}",
-        "image": b'{"modality": "image", "num_images": 3, "image": "' + b"AAAA" * (num_bytes // 4) + b'"}',
-        "no json": b"{" * num_bytes,
-    }
-    process = psutil.Process()
-    with httpx.Client(timeout=60) as client:
-        client.post(f"{server.url}/knn-service", content=b"{}")
-        before, start = process.memory_info().rss, time.process_time()
-        answer = client.post(f"{server.url}/knn-service", content=bodies[shape])
-        taken_s = time.process_time() - start  # of client and server
-    assert answer.status_code in {400, 413}
-    assert taken_s < 0.5
-    assert process.memory_info().rss - before < 100 << 20
 
 
 def places(rows: Any) -> list[Any]:
@@ -249,41 +148,6 @@ def test_a_list_of_queries_gets_a_list_of_answers(server: Any) -> None:
     several = [places(rows) for rows in post(server, embedding_input=vectors[2:4].tolist()).json()]
     assert several == [places(post(server, embedding_input=vectors[row].tolist()).json()) for row in (2, 3)]
     assert post(server, text=texts, num_images=0, num_result_ids=0).json() == [[], []]
-
-
-@pytest.mark.parametrize(
-    ("body", "words"),
-    [
-        ({"text": ["a"] * 33}, "text: give a text, or a list of 1 to 32"),
-        ({"text": []}, "text: give a text"),
-        ({"text": ["a", 3]}, "text: give a text"),
-        ({"text": ["a", "x" * 4001]}, "text: a text has more than 4000 characters"),
-        ({"embedding_input": [[1.0] * 16, 1.0]}, "embedding_input: give at most"),
-        ({"embedding_input": [[1.0] * 16, [1.0]]}, "embedding_input: 1 numbers; this index takes 16"),
-        ({"embedding_input": 3}, "embedding_input: give at most"),
-        ({"embedding_input": ["a"]}, "embedding_input: an item is not a number"),
-        ({"text": "a", "use_mclip": True}, "use_mclip: this server has one CLIP"),
-    ],
-)
-def test_wrong_lists_of_queries_are_400_and_say_why(server: Any, body: dict[str, Any], words: str) -> None:
-    answer = post(server, **body)
-    assert answer.status_code == 400
-    assert answer.json()["error"]["message"].startswith(words)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "param"),
-    [({"num_images": 1000}, "num_images"), ({"num_images": 1, "num_result_ids": 10_000}, "num_result_ids")],
-)
-def test_searches_that_would_fill_the_memory_are_refused_before_anything_is_embedded(
-    server: Any, monkeypatch: pytest.MonkeyPatch, sizes: dict[str, int], param: str
-) -> None:
-    monkeypatch.setattr(server.engine, "embed_texts", Mock(side_effect=AssertionError("it was embedded")))
-    answer = post(server, text=["a", "b", "c"], **sizes)
-    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
-    assert f"{param}: {sizes[param]} for each of 3 searches; all of a request have at most" in answer.text
-    monkeypatch.undo()
-    assert post(server, text=["a", "b"], **sizes | {param: sizes[param] // 2}).status_code == 200
 
 
 def test_each_picture_is_embedded_before_the_next_is_decoded(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,30 +193,6 @@ def test_filters_that_have_no_effect_are_named_in_a_header(server: Any) -> None:
     assert "X-Unclip-Notes" not in plain.headers
 
 
-@pytest.mark.parametrize(
-    ("score", "weight", "field"),
-    [
-        (9, 0.5, None),
-        (9, None, None),
-        (None, 0.7, None),
-        ("", 0.7, None),
-        (3, 0, None),
-        (3, 0.5, "aesthetic_score"),
-        (3, "", "aesthetic_score"),
-        (9, 0.7, "aesthetic_weight"),
-        (3, 0.7, "aesthetic_score"),
-    ],
-)
-def test_aesthetic_numbers_that_somebody_chose_are_refused_by_name(
-    server: Any, score: Any, weight: Any, field: str | None
-) -> None:
-    answer = post(server, text="a", aesthetic_score=score, aesthetic_weight=weight)
-    assert answer.status_code == (400 if field else 200)
-    if field:
-        assert (answer.json()["error"]["param"], answer.json()["error"]["code"]) == (field, "unsupported")
-        assert f"{field} = " in answer.json()["error"]["message"]
-
-
 def test_a_search_for_safe_rows_finds_those_that_the_recipe_says_are_safe(
     server: Any, neighbours: Any, serving: Any
 ) -> None:
@@ -375,95 +215,3 @@ def test_a_search_for_safe_rows_finds_those_that_the_recipe_says_are_safe(
 def test_the_page_about_http_names_every_field_of_a_search() -> None:
     page = (Path(__file__).parents[2] / "docs/http.md").read_text().partition("## Search")[2].partition("\n## ")[0]
     assert all(f"`{name}`" in page for name in KnnRequest.model_fields)
-
-
-@pytest.fixture(scope="module")
-def fetching(server: Any, neighbours: Any, serving: Any) -> Any:
-    """A server that fetches pictures."""
-    settings = ApiSettings(ModelCard("tiny", 32), fetches_urls=True)
-    with serving(create_app(server.engine, neighbours, settings)) as url:
-        yield SimpleNamespace(url=url)
-
-
-@pytest.fixture(scope="module")
-def pictures(serving: Any) -> Any:
-    """A host of pictures on this machine."""
-    app = FastAPI()
-
-    @app.get("/red.png")
-    async def red() -> Response:
-        return Response(plain_picture("red", 40), media_type="image/png")
-
-    @app.get("/away")
-    async def away() -> Response:
-        return RedirectResponse("http://169.254.169.254/latest/meta-data")
-
-    with serving(app) as url:
-        yield url
-
-
-def test_addresses_that_are_not_public_are_refused_on_every_hop(
-    fetching: Any, pictures: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hosts = [f"{pictures}/red.png", pictures.replace("127.0.0.1", "localhost") + "/red.png", "http://[::1]/a.png"]
-    for url in [*hosts, "http://169.254.169.254/latest", "http://10.0.0.1/a.png"]:
-        answer = post(fetching, image_url=url)
-        assert answer.status_code == 400, url
-        assert "image_url: address: the host has a private, loopback" in answer.json()["error"]["message"]
-    for url, cause in (("file:///etc/passwd", "scheme"), ("gopher://a/b", "scheme"), ("http://", "url")):
-        assert post(fetching, image_url=url).json()["error"]["message"].startswith(f"image_url: {cause}: ")
-    monkeypatch.setattr(knn, "AddressRules", lambda: AddressRules(["127.0.0.1/32"]))
-    assert "image_url: address: " in post(fetching, image_url=f"{pictures}/away").json()["error"]["message"]
-
-
-def test_a_picture_is_fetched_where_that_is_on(
-    fetching: Any, server: Any, pictures: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(knn, "AddressRules", lambda: AddressRules(["127.0.0.1/32"]))
-    [nearest, *_] = post(fetching, image_url=f"{pictures}/red.png").json()
-    assert nearest["caption"] == "a red picture"
-    assert "fetches no URLs" in post(server, image_url=f"{pictures}/red.png").json()["error"]["message"]
-    assert len(post(fetching, image_url=[f"{pictures}/red.png"] * 2).json()) == 2
-    small = dataclasses.replace(knn._FETCHING, max_body_bytes=20)
-    monkeypatch.setattr(knn, "_FETCHING", small)
-    message = post(fetching, image_url=f"{pictures}/red.png").json()["error"]["message"]
-    assert message.startswith("image_url: body-size: ")
-
-
-def test_all_pictures_of_a_request_are_fetched_in_one_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    fetch, left_s = knn._fetch, list[float]()
-
-    async def slow(_: str, longest_s: float) -> Any:
-        left_s.append(longest_s)
-        await asyncio.sleep(0.05)
-        return noisy_picture(1)
-
-    monkeypatch.setattr(knn, "_fetch", slow)
-    model, nobody = AsyncMock(), AsyncMock()
-    model.embed_image.return_value = np.zeros(2, np.float32)
-    asyncio.run(knn._embed(model, nobody, "image_url", ["a", "b", "c"]))
-    first, second, third = left_s
-    assert first == knn._FETCHES_S
-    assert second <= first - 0.04
-    assert third <= second - 0.04
-    with pytest.raises(ApiError, match="did not come within 30 s"):
-        asyncio.run(fetch("http://example.com/a.png", 0.0))
-
-
-def test_a_refused_text_is_freed_with_its_answer() -> None:
-    class Text(str):
-        """A text that can be watched."""
-
-    text, reason = Text("x" * 5000), ""
-    watched = weakref.ref(text)
-    gc.disable()
-    try:
-        try:
-            parse(KnnRequest, {"modality": "image", "num_images": 1, "text": text})
-        except ApiError as error:
-            reason = str(error)
-        del text
-        assert "4000 characters" in reason
-        assert watched() is None
-    finally:
-        gc.enable()
