@@ -1,6 +1,7 @@
-"""Steps that can never run on one machine alone are refused before the first one begins."""
+"""Which steps may start: those that have room now; what can never run here is refused before the first one begins."""
 
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ import ray
 from pipeline.errors import StepError
 from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import load_recipe
-from pipeline.runtime.admission import require_room
+from pipeline.runtime.admission import at_once, fits_now, require_room
+from pipeline.runtime.context import StepContext
 from pipeline.runtime.placement import DISK
+from pipeline.workspace.progress import Progress
 from tests.ports import free_port
-from tests.tiny.command import ROOT, unclip
+from tests.runtime.demo import DEMO, demo_contexts
+from tests.tiny.command import unclip
 from tests.tiny.recipe import write_recipe
 
 _HAS = {"CPU": 2.0, "memory": 4e9, DISK: 50.0}
@@ -24,8 +28,57 @@ def _require_room(monkeypatch: pytest.MonkeyPatch, *changes: str, **more: float)
     node: dict[str, Any] = {"Alive": True, "Resources": _HAS | more, "Labels": {"zone": "a"}}
     monkeypatch.setattr(ray, "nodes", lambda: [node])
     monkeypatch.setattr(ray, "cluster_resources", lambda: node["Resources"])
-    recipe = load_recipe(ROOT / "configs" / "demo.toml", changes)
+    recipe = load_recipe(DEMO, changes)
     require_room(recipe, [step.name for step in make_plan(recipe)])
+
+
+def _works(context: StepContext) -> StepContext:
+    Progress(context.output).update(1, 10, "steps", force=True)
+    return context
+
+
+def _free(monkeypatch: pytest.MonkeyPatch, **resources: float) -> None:
+    monkeypatch.setattr(ray, "available_resources", lambda: resources)
+
+
+def test_a_step_waits_for_room_on_this_machine_but_not_where_the_cluster_may_grow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = demo_contexts(tmp_path)
+    running = [_works(steps["clip"]), _works(steps["upsampler_1"])]
+    _free(monkeypatch, memory=1.0)
+    assert not fits_now(steps["upsampler_2"], running)
+    assert at_once(steps["upsampler_2"], running)
+    _free(monkeypatch, CPU=1.0)
+    assert fits_now(steps["upsampler_2"], running)
+
+
+def test_a_step_lets_the_one_before_it_take_its_room_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = demo_contexts(tmp_path)
+    _free(monkeypatch, CPU=1.0)
+    Progress(steps["decoder"].output, waits=True).update(0, 1, "", "waiting for 1 x 1 CPU", force=True)
+    assert not fits_now(steps["prior"], [steps["decoder"]])
+    assert not fits_now(steps["prior"], [_works(steps["upsampler_1"]), steps["decoder"]])
+    later = time.time() + 21.0
+    with monkeypatch.context() as clock:
+        clock.setattr(time, "time", lambda: later)
+        assert fits_now(steps["prior"], [steps["decoder"]])  # it had its head start
+    assert fits_now(steps["prior"], [_works(steps["decoder"])])
+
+
+def test_all_workers_of_a_training_and_their_gpus_must_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = demo_contexts(tmp_path, "decoder.resources.num_workers=2", "decoder.resources.accelerator=cuda")
+    running = [_works(steps["upsampler_1"])]
+    for cpus, gpus, fits in ((2.0, 1.0, False), (1.0, 2.0, False), (2.0, 2.0, True)):
+        _free(monkeypatch, CPU=cpus, GPU=gpus)
+        assert fits_now(steps["decoder"], running) is fits
+
+
+def test_a_step_that_never_fits_is_handed_over_when_nothing_else_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _free(monkeypatch)
+    assert fits_now(demo_contexts(tmp_path)["decoder"], [])  # Ray's own words then say what is missing
 
 
 @pytest.mark.parametrize(
