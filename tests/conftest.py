@@ -11,6 +11,7 @@ import pytest
 if TYPE_CHECKING:
     from models.cascade import Cascade
     from pipeline.recipe.recipe import Recipe
+    from tests.data.hostile import HostileServer
 
 # One thread a process: two processes of two threads each, on two cores, wait for one another most of the time. Set
 # before any test imports torch; Ray and its workers inherit it.
@@ -69,3 +70,12 @@ def cascade(tiny: "Recipe") -> "Cascade":
     from pipeline.recipe.steps import CASCADE_STEPS
 
     return load_cascade(finished_artifacts(tiny, CASCADE_STEPS))
+
+
+@pytest.fixture
+def hostile() -> Generator["HostileServer"]:
+    """A server of pictures that does everything a server should not do, as its paths say."""
+    from tests.data.hostile import HostileServer
+
+    with HostileServer() as running:
+        yield running

@@ -8,14 +8,10 @@ from collections import Counter
 from collections.abc import Generator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from PIL import Image
-
-if TYPE_CHECKING:
-    from tests.data.hostile import HostileServer
 
 CASES = Path(__file__).parents[1] / "cases"
 
@@ -137,15 +133,6 @@ def server() -> Generator[PictureServer]:
         yield running
         running.shutdown()
         thread.join()
-
-
-@pytest.fixture
-def hostile() -> Generator["HostileServer"]:
-    """A server that does everything a server should not do."""
-    from tests.data.hostile import HostileServer
-
-    with HostileServer() as running:
-        yield running
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,6 @@ from tests.tiny.pairs import write_parts
 _SHARDS = [f"{number:05d}" for number in range(4)]
 _ROWS = 6
 _NUM_KILLS = pytest.mark.parametrize("num_kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-
-
-@pytest.fixture
-def server() -> Generator[HostileServer]:
-    """A server of pictures."""
-    with HostileServer() as running:
-        yield running
 
 
 def _start(work: Callable[[], object]) -> int:
@@ -106,13 +99,13 @@ def test_pairs_end_in_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @_NUM_KILLS
-def test_download_ends_in_the_same_bytes(server: HostileServer, tmp_path: Path, num_kills: int) -> None:
+def test_download_ends_in_the_same_bytes(hostile: HostileServer, tmp_path: Path, num_kills: int) -> None:
     settings = {"samples_per_shard": _ROWS, "image_px": 64, "retries": 0, "allowed_networks": ["127.0.0.1/32"]}
     recipe = parse_recipe({"workspace": str(tmp_path), "download": settings})
     step = next(step for step in make_plan(recipe) if step.name == "download")
     context = StepContext(recipe, step, recipe.workspace)
     paths = ["missing" if row % 5 == 4 else f"ok?seed={row}" for row in range(_ROWS * len(_SHARDS))]
-    urls = [f"{server.url}/{path}" for path in paths]
+    urls = [f"{hostile.url}/{path}" for path in paths]
     columns = {"uid": [make_uid(url, "a caption") for url in urls], "url": urls, "caption": ["a caption"] * len(urls)}
     pairs = pa.table({**columns, "split": ["train"] * len(urls)})
     write_parts(Path(context.inputs["pairs"].uri), [pairs])
