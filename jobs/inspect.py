@@ -30,8 +30,9 @@ from pipeline.addresses import without_password
 from pipeline.errors import ConfigError, DataError
 from pipeline.recipe.estimate import status_remaining
 from pipeline.recipe.plan import artifact_of, dependents, make_plan
-from pipeline.recipe.recipe import Recipe, json_schema, load_recipe, to_dict
+from pipeline.recipe.recipe import Recipe, json_schema, load_recipe
 from pipeline.recipe.status import StepStatus, plan_status
+from pipeline.recipe.tables import to_dict
 from pipeline.recipe.user_files import passing_inputs, unseen_inputs
 from pipeline.workspace.forgotten import Forgotten, Pending
 from pipeline.workspace.lock import holder_of

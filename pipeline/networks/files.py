@@ -18,7 +18,8 @@ from pipeline.errors import DataError
 from pipeline.networks.table import kind_named, kind_of
 from pipeline.networks.tensor_file import read_tensors, save_tensors
 from pipeline.recipe.lineage import exported_weights
-from pipeline.recipe.recipe import SAMPLING, to_dict
+from pipeline.recipe.recipe import SAMPLING
+from pipeline.recipe.tables import to_dict
 from pipeline.workspace.store import Artifact, UserArtifact
 
 SCHEMA_VERSION = 1

@@ -8,8 +8,9 @@ from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.recipe.plan import Step, artifact_of, make_plan
-from pipeline.recipe.recipe import Recipe, parse_recipe, to_dict
+from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.recipe.steps import CASCADE_STEPS, STEPS
+from pipeline.recipe.tables import to_dict
 from pipeline.workspace.lock import locked
 from pipeline.workspace.manifest import Manifest, read_record
 from pipeline.workspace.store import Artifact, Workspace

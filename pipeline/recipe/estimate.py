@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 
 from pipeline.errors import DataError
 from pipeline.recipe.plan import Step, artifact_of, make_plan
-from pipeline.recipe.recipe import Recipe, to_dict
+from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.schedule import Load, Machine, Span, needs_of, schedule, this_machine
 from pipeline.recipe.status import StepStatus
+from pipeline.recipe.tables import to_dict
 from pipeline.recipe.train_sections import TrainResources
 from pipeline.workspace.manifest import Manifest, parse_record
 from pipeline.workspace.progress import ProgressState, duration, read_progress

@@ -4,9 +4,10 @@ import hashlib
 import json
 from typing import Any
 
-from pipeline.recipe.recipe import SAMPLING, Recipe, to_dict, without_resources
+from pipeline.recipe.recipe import SAMPLING, Recipe
 from pipeline.recipe.sections import StepSection
 from pipeline.recipe.steps import STEPS
+from pipeline.recipe.tables import to_dict, without_resources
 
 Json = dict[str, Any]
 

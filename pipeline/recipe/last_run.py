@@ -11,8 +11,9 @@ from typing import Any
 
 from pipeline.errors import DataError
 from pipeline.recipe.plan import Step, earlier_trainings, make_plan
-from pipeline.recipe.recipe import Recipe, flatten, to_dict, without_resources
+from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import STEP_ROWS, STEPS
+from pipeline.recipe.tables import flatten, to_dict, without_resources
 from pipeline.workspace.files import is_remote
 from pipeline.workspace.lock import locked_workspace
 from pipeline.workspace.manifest import parse_record

@@ -11,8 +11,9 @@ from pipeline.addresses import values_without_secrets
 from pipeline.errors import ConfigError, DataError
 from pipeline.recipe import provenance
 from pipeline.recipe.last_run import Planned, read_last_run
-from pipeline.recipe.recipe import Recipe, flatten
+from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.steps import STEP_ROWS, STEPS
+from pipeline.recipe.tables import flatten
 from pipeline.workspace.manifest import Manifest, read_record
 from pipeline.workspace.store import Artifact, Workspace
 

@@ -15,9 +15,10 @@ from typing import Any
 from pipeline.errors import ConfigError
 from pipeline.recipe.initial_files import CHECKPOINTS, missing_files, num_files
 from pipeline.recipe.keys import own_tables, sampling_tables, without_added, without_sampling
-from pipeline.recipe.recipe import Recipe, flatten, to_dict
+from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.sections import StepSection
 from pipeline.recipe.steps import STEPS, StepRow
+from pipeline.recipe.tables import flatten, to_dict
 from pipeline.recipe.train_sections import is_checkpoint
 from pipeline.recipe.user_files import local_inputs
 from pipeline.workspace.manifest import Manifest, ShardRecord

@@ -8,7 +8,6 @@ import dataclasses
 import difflib
 import functools
 import json
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args, get_type_hints
@@ -23,7 +22,6 @@ from models.upsampler.config import UpsamplerConfig
 from pipeline.errors import ConfigError
 from pipeline.recipe.cache_section import CacheConfig
 from pipeline.recipe.first_decoder import model_of_smaller_pictures, require_same_shape
-from pipeline.recipe.folder import folder_tables
 from pipeline.recipe.job_sections import JobConfig
 from pipeline.recipe.pairs_sections import PairsConfig
 from pipeline.recipe.sections import (
@@ -43,6 +41,7 @@ from pipeline.recipe.sections import (
 )
 from pipeline.recipe.serve_sections import ServeConfig
 from pipeline.recipe.steps import STEP_ROWS
+from pipeline.recipe.tables import apply_override, flatten, merge, read_tables, to_dict
 from pipeline.recipe.train_sections import ClipStepConfig, NetworkStepConfig, NoisyClipStepConfig
 from pipeline.workspace.cache import use_cache
 
@@ -209,8 +208,6 @@ class Recipe:
 
 _PLACES_NAMED = 3
 """Most fields of other sections that the message on an unknown key names."""
-EXTENDS = "extends"
-"""Key of a recipe file, not of a recipe: the file that it changes."""
 
 
 @functools.cache
@@ -232,9 +229,9 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
         ConfigError: If the file is missing or malformed, a key is unknown or a value is of the wrong type or
             impossible; names the dotted key.
     """
-    data = _read_tables(Path(path)) if path is not None else {}
+    data = read_tables(Path(path)) if path is not None else {}
     for override in overrides:
-        _apply_override(data, override)
+        apply_override(data, override)
     recipe = parse_recipe(data, where=str(path or "defaults"))
     use_cache(recipe.cache.folder, recipe.cache.gb, shared=recipe.cache.shared)
     return recipe
@@ -249,7 +246,7 @@ def parse_recipe(data: Json, *, where: str = "recipe") -> Recipe:
     data = {name: value for name, value in data.items() if value is not False or name not in _optional_tables()}
     try:
         # JSON mode is strict about types yet takes a list for a tuple and an integer for a float, as TOML writes them.
-        return _recipe_type().validate_json(json.dumps(_merge(default_tables(data), data)))
+        return _recipe_type().validate_json(json.dumps(merge(default_tables(data), data)))
     except ValidationError as error:
         items = error.errors(include_url=False)
         places = {item["loc"] for item in items}
@@ -259,28 +256,6 @@ def parse_recipe(data: Json, *, where: str = "recipe") -> Recipe:
         raise ConfigError(f"{where}: " + "; ".join(lines)) from None
     except TypeError as error:
         raise ConfigError(f"{where}: dates and times have no place in a recipe ({error})") from None
-
-
-def to_dict(config: object) -> Json:
-    """The plain tables of a config object, in field order; tuples become lists."""
-    return cast("Json", json.loads(json.dumps(dataclasses.asdict(cast("Any", config)))))
-
-
-def without_resources(tables: Json) -> Json:
-    """The tables without every ``resources`` table: only what changes bytes."""
-    return {
-        key: without_resources(cast("Json", value)) if isinstance(value, dict) else value
-        for key, value in tables.items()
-        if key != "resources"
-    }
-
-
-def flatten(tables: Json, prefix: str = "") -> Json:
-    """Nested tables as one table: each value under its dotted name, after ``prefix``."""
-    flat: Json = {}
-    for name, value in tables.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
 
 
 def json_schema() -> Json:
@@ -326,9 +301,9 @@ def default_tables(data: Json) -> Json:
 def _first_decoder(data: Json, defaults: Json) -> Json:
     """The tables of ``first_decoder`` where ``data`` says nothing of it: the decoder's, at half the side."""
     decoder = data.get("decoder")
-    tables = _merge(defaults, cast("Json", decoder)) if isinstance(decoder, dict) else defaults
+    tables = merge(defaults, cast("Json", decoder)) if isinstance(decoder, dict) else defaults
     model = model_of_smaller_pictures(tables["model"], data["first_decoder"].get("model"))
-    return _merge(tables, {"model": model, "init_from": "", "train": {"phases": []}})
+    return merge(tables, {"model": model, "init_from": "", "train": {"phases": []}})
 
 
 @functools.cache
@@ -342,64 +317,6 @@ def _model_types(section: Any) -> tuple[Any, ...]:
     """The configurations that the model of a ``NetworkStepConfig[...]`` may have, the default first."""
     arguments = get_args(section)
     return get_args(arguments[0]) or arguments if arguments else ()
-
-
-def _merge(below: Json, above: Json) -> Json:
-    merged = dict(below)
-    for key, value in above.items():
-        under = merged.get(key)
-        merged[key] = (
-            _merge(under, cast("Json", value)) if isinstance(under, dict) and isinstance(value, dict) else value
-        )
-    return merged
-
-
-def _read_tables(file: Path, extended_by: tuple[Path, ...] = ()) -> Json:
-    """The tables of a recipe, on those of the recipe that it extends."""
-    if file.resolve() in extended_by:
-        raise ConfigError(f"{file}: extends itself, by way of {', '.join(str(path) for path in extended_by)}")
-    tables = folder_tables(file) if file.is_dir() else _read_file(file)
-    if EXTENDS not in tables:
-        return tables
-    base = tables.pop(EXTENDS)
-    if not isinstance(base, str):
-        raise ConfigError(f'{file}: {EXTENDS} = {base!r}: name one recipe, as in {EXTENDS} = "demo.toml"')
-    return _merge(_read_tables(file.parent / base, (*extended_by, file.resolve())), tables)
-
-
-def _read_file(file: Path) -> Json:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise ConfigError(f"{file}: no such recipe; see configs/ or write one with `unclip init`") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file}: cannot be read: {error}") from None
-    try:
-        tables: Any = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{file}: not a valid recipe: {error}") from None
-    if not isinstance(tables, dict):
-        raise ConfigError(f"{file}: not a valid recipe: it holds no tables")
-    return cast("Json", tables)
-
-
-def _apply_override(data: Json, override: str) -> None:
-    name, equals, raw = override.partition("=")
-    keys = name.strip().split(".")
-    if not equals or not all(keys):
-        raise ConfigError(
-            f"--set {override}: write it as section.key=value, for example --set prior.train.num_steps=500"
-        )
-    try:
-        value: Any = tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = raw
-    table = data
-    for depth, key in enumerate(keys[:-1]):
-        table = table.setdefault(key, {})
-        if not isinstance(table, dict):
-            raise ConfigError(f"--set {override}: {'.'.join(keys[: depth + 1])} is a value, not a table")
-    table[keys[-1]] = value
 
 
 def _explain(item: Any, data: Json) -> str:

@@ -8,7 +8,7 @@ from pipeline.recipe.appended import notes_on_appended
 from pipeline.recipe.continued import made_anew, notes_on_start
 from pipeline.recipe.keys import ADDED_LATER
 from pipeline.recipe.plan import Step, artifact_of, earlier_trainings
-from pipeline.recipe.recipe import flatten
+from pipeline.recipe.tables import flatten
 from pipeline.workspace.manifest import Manifest
 from pipeline.workspace.store import Workspace
 

@@ -18,8 +18,9 @@ from pipeline.pictures.read import decode
 from pipeline.recipe.keys import sampling_tables
 from pipeline.recipe.pairs_sections import PairsList
 from pipeline.recipe.plan import Step
-from pipeline.recipe.recipe import Recipe, default_tables, flatten, to_dict
+from pipeline.recipe.recipe import Recipe, default_tables
 from pipeline.recipe.steps import STEP_ROWS
+from pipeline.recipe.tables import flatten, to_dict
 from pipeline.report.charts import Curve, line_chart
 from pipeline.workspace.manifest import Manifest
 from pipeline.workspace.progress import METRICS

@@ -29,7 +29,8 @@ from pipeline.addresses import without_password
 from pipeline.errors import ConfigError, StepError, first_line
 from pipeline.recipe.paths import with_absolute_paths
 from pipeline.recipe.plan import make_plan
-from pipeline.recipe.recipe import Recipe, to_dict
+from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.tables import to_dict
 from pipeline.runtime.dashboard import DEFAULT_ADDRESS, dashboard_client, is_loopback
 from pipeline.runtime.environment import STOP_S, pack_secrets, runtime_environment, secret_values
 

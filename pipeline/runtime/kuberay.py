@@ -16,8 +16,9 @@ from typing import Any
 import yaml
 
 from pipeline.errors import ConfigError
-from pipeline.recipe.recipe import Recipe, to_dict
+from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.serve_sections import ServeConfig, ServeGatewayConfig, ServeStageConfig
+from pipeline.recipe.tables import to_dict
 from pipeline.runtime.draining import Announce
 from pipeline.runtime.environment import runtime_environment
 from pipeline.runtime.jobs import entrypoint, job_name

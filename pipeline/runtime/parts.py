@@ -6,9 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.recipe.paths import with_absolute_paths
-from pipeline.recipe.recipe import Recipe, parse_recipe, to_dict
+from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.recipe.serve_sections import ServeConfig, ServeGatewayConfig, ServeStageConfig
 from pipeline.recipe.steps import CASCADE_STEPS
+from pipeline.recipe.tables import to_dict
 from pipeline.workspace.store import Artifact
 
 Tables = dict[str, Any]

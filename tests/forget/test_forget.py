@@ -27,9 +27,9 @@ from pipeline.data.urls import AddressRules
 from pipeline.errors import DataError
 from pipeline.forget.search import names_of, search
 from pipeline.recipe.plan import make_plan
-from pipeline.recipe.recipe import to_dict
 from pipeline.recipe.sections import DownloadConfig
 from pipeline.recipe.status import plan_status
+from pipeline.recipe.tables import to_dict
 from pipeline.retrieve import NeighbourIndex
 from pipeline.retrieve.batch import NEIGHBOUR
 from pipeline.retrieve.takedown import Takedown

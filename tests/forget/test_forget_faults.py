@@ -20,7 +20,7 @@ from pipeline.errors import StepError
 from pipeline.forget import rewrite
 from pipeline.forget.forget import finish
 from pipeline.recipe.plan import make_plan, manifest_of
-from pipeline.recipe.recipe import to_dict
+from pipeline.recipe.tables import to_dict
 from pipeline.retrieve import NeighbourIndex
 from pipeline.runtime.step_task import forget_if_inputs_changed
 from pipeline.workspace import local_files

@@ -9,7 +9,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from jobs.cli import app
-from pipeline.recipe.recipe import Recipe, to_dict
+from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.tables import to_dict
 from pipeline.sampling.edit_pictures import EDITS
 
 RECIPE = "configs/demo.toml"

@@ -4,7 +4,8 @@ import pytest
 
 from pipeline.errors import ConfigError
 from pipeline.recipe.plan import make_plan
-from pipeline.recipe.recipe import Recipe, load_recipe, parse_recipe, to_dict
+from pipeline.recipe.recipe import Recipe, load_recipe, parse_recipe
+from pipeline.recipe.tables import to_dict
 
 _DECODER = {
     "model": {"image_px": 16, "text_drop_prob": 0.1, "unet": {"channel_mults": [1, 1], "attention_resolutions": [8]}},

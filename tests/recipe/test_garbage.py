@@ -18,8 +18,9 @@ from pipeline.recipe.garbage import Garbage, find_garbage, in_use_of, remove_gar
 from pipeline.recipe.last_run import PLAN, RESOLVED, read_last_run, write_last_run
 from pipeline.recipe.lineage import trace
 from pipeline.recipe.plan import Step, artifact_of, make_plan, manifest_of
-from pipeline.recipe.recipe import Recipe, load_recipe, parse_recipe, to_dict
+from pipeline.recipe.recipe import Recipe, load_recipe, parse_recipe
 from pipeline.recipe.steps import CASCADE_STEPS, STEPS
+from pipeline.recipe.tables import to_dict
 from pipeline.sampling import sample
 from pipeline.sampling.edit_options import EditOptions
 from pipeline.sampling.edit_pictures import edit_recipe

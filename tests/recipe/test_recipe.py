@@ -12,15 +12,8 @@ from models.ar_prior.config import ArPriorConfig, TokenSamplerConfig
 from models.diffusion import config as configs
 from models.diffusion.schedules import fast27_timesteps, sampling_timesteps
 from pipeline.errors import ConfigError
-from pipeline.recipe.recipe import (
-    Recipe,
-    default_tables,
-    json_schema,
-    load_recipe,
-    parse_recipe,
-    to_dict,
-    without_resources,
-)
+from pipeline.recipe.recipe import Recipe, default_tables, json_schema, load_recipe, parse_recipe
+from pipeline.recipe.tables import to_dict, without_resources
 
 
 def test_load_recipe_layers_defaults_file_and_overrides(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from ray._raylet import AuthenticationTokenLoader, Config
 
 from pipeline.errors import ConfigError, StepError
 from pipeline.recipe.paths import with_absolute_paths
-from pipeline.recipe.recipe import Recipe, load_recipe, parse_recipe, to_dict
+from pipeline.recipe.recipe import Recipe, load_recipe, parse_recipe
+from pipeline.recipe.tables import to_dict
 from pipeline.runtime.follow import follow_job
 from pipeline.runtime.jobs import (
     job_logs,

@@ -13,7 +13,8 @@ from models.decoder.network import Decoder
 from pipeline.errors import DataError, ResumeError
 from pipeline.networks.clip import load_clip_artifact
 from pipeline.networks.files import load_network
-from pipeline.recipe.recipe import parse_recipe, to_dict
+from pipeline.recipe.recipe import parse_recipe
+from pipeline.recipe.tables import to_dict
 from pipeline.train.assemble import TrainJob, assemble, samples_of
 from pipeline.train.job import run_job
 from pipeline.train.resume import checkpoint_name

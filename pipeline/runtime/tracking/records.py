@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.addresses import values_without_secrets, without_password
-from pipeline.recipe.recipe import Recipe, flatten, to_dict
+from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.tables import flatten, to_dict
 from pipeline.runtime.context import StepContext
 from pipeline.runtime.tracking.tracker import now_ms
 from pipeline.workspace.manifest import content_of

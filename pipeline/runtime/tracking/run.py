@@ -17,7 +17,8 @@ from typing import Any
 from pipeline.addresses import values_without_secrets
 from pipeline.errors import UnclipError
 from pipeline.recipe.plan import Step
-from pipeline.recipe.recipe import Recipe, flatten
+from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.tables import flatten
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.tracking.aliases import CHAMPION
 from pipeline.runtime.tracking.delivery import Delivery
