@@ -39,8 +39,10 @@ from benchmarks.train_step import DIMS
 from models.decoder.config import DecoderConfig
 from models.decoder.network import Decoder
 from models.layers.config import UNetConfig
-from pipeline.data.batches import Batch, Samples, iterate_batches, plan_order
+from pipeline.data.batch import Batch
+from pipeline.data.batches import iterate_batches, plan_order
 from pipeline.data.order import Share
+from pipeline.data.samples import Samples
 from pipeline.data.training_rows import ShardReader
 from pipeline.data.vectors import to_unit
 from pipeline.workspace.store import Artifact

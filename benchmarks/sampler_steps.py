@@ -25,7 +25,8 @@ from models.diffusion.process import Diffusion
 from models.diffusion.samplers import SAMPLERS, config_timesteps, make_limit, num_network_calls, sample
 from models.text import TextEncoding
 from pipeline.clip.frozen import FrozenClip
-from pipeline.data.batches import Batch, Samples
+from pipeline.data.batch import Batch
+from pipeline.data.samples import Samples
 from pipeline.data.training_rows import ShardReader
 from pipeline.evaluate.metrics import FeatureSums, frechet_distance
 from pipeline.networks.clip import load_clip_artifact

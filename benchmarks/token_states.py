@@ -26,8 +26,9 @@ from models.prior.network import Prior
 from models.sample_random import SampleRandom
 from pipeline.clip.frozen import FrozenText, freeze
 from pipeline.clip.model import create_clip
-from pipeline.data.batches import Samples, TextEncoder
+from pipeline.data.batch import TextEncoder
 from pipeline.data.rows import make_uid
+from pipeline.data.samples import Samples
 from pipeline.data.token_states import EmptyCaption, pack, states_file, states_schema, to_rows, write_states
 from pipeline.data.training_rows import ShardReader
 from pipeline.data.vectors import to_unit

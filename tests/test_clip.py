@@ -22,7 +22,7 @@ from pipeline.clip.frozen import FrozenClip
 from pipeline.clip.inputs import count_tokens, inputs_of
 from pipeline.clip.library import open_clip
 from pipeline.clip.model import OpenClip, create_clip
-from pipeline.data.batches import Batch
+from pipeline.data.batch import Batch
 from pipeline.networks.clip import CLIP as CLIP_KIND
 from pipeline.networks.clip import ClipObjective
 from pipeline.networks.contrast import Pairs, contrastive_loss

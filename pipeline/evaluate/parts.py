@@ -22,7 +22,7 @@ from models.cascade import Cascade
 from models.pixels import resize, to_pixels, to_uint8
 from models.stage import PIXELS, Z_IMAGE, Batch, DiffusionStage
 from pipeline.clip.frozen import FrozenClip
-from pipeline.data import batches
+from pipeline.data.batch import Batch as TrainingBatch
 from pipeline.data.mends import repair_hint
 from pipeline.data.negatives import hard_negatives
 from pipeline.data.shards import StoredPictures
@@ -314,7 +314,7 @@ class PartRunner:
         count = min(num_pictures(self._sides_px[-1]) - start, len(rows))
         if count <= 0:
             return
-        batch = batches.Batch(
+        batch = TrainingBatch(
             uids=tuple(row.uid for row in rows[:count]),
             captions=tuple(row.caption for row in rows[:count]),
             images=torch.from_numpy(pictures[:count]),

@@ -20,7 +20,7 @@ from models.clip_config import ClipDims
 from models.layers.transformer import TokenCache
 from models.pca import PcaSums
 from models.sample_random import SampleRandom
-from pipeline.data.batches import Batch, TextEncoder
+from pipeline.data.batch import Batch, TextEncoder
 from pipeline.data.vectors import VECTOR_COLUMNS, training_batches
 from pipeline.errors import ConfigError, DataError
 from pipeline.networks.counting import Work, count, first_steps, full_captions

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from models.clip_config import ClipConfig, ClipDims
 from models.sample_random import SampleRandom
-from pipeline.data.batches import Batch
+from pipeline.data.batch import Batch
 from pipeline.data.negatives import Bigrams, bigrams_of, hard_negatives
 from pipeline.errors import DataError
 from pipeline.networks.contrast import ContrastiveObjective, Pairs

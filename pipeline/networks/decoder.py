@@ -13,7 +13,7 @@ from models.decoder.stage import DecoderStage, decoder_denoiser
 from models.diffusion.process import Denoise, Diffusion
 from models.pixels import resize_crop, to_pixels, to_uint8
 from models.sample_random import SampleRandom
-from pipeline.data.batches import Batch, TextEncoder
+from pipeline.data.batch import Batch, TextEncoder
 from pipeline.networks.counting import Work, count_chain, first_steps, full_captions
 from pipeline.networks.diffusion_loss import DiffusionLoss
 from pipeline.networks.kind import OF_DIFFUSION, NetworkKind

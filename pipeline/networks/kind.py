@@ -16,7 +16,8 @@ from models.clip_config import ClipDims
 from models.diffusion.process import Denoise
 from models.layers.unet import blocks_of
 from models.stage import Stage
-from pipeline.data.batches import Samples, TextEncoder
+from pipeline.data.batch import TextEncoder
+from pipeline.data.samples import Samples
 from pipeline.networks.counting import Work
 from pipeline.networks.measuring import ValidationRows
 from pipeline.workspace.store import Artifact

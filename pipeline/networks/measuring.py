@@ -18,7 +18,7 @@ from models.diffusion.noise import NoiseSource, derive_seed
 from models.diffusion.process import Denoise, Diffusion
 from models.diffusion.samplers import sample
 from models.text import TextEncoding
-from pipeline.data.batches import Batch
+from pipeline.data.batch import Batch
 
 if TYPE_CHECKING:
     from pipeline.clip.frozen import FrozenClip, FrozenText

@@ -11,7 +11,7 @@ from models.noisy_clip.config import NoisyClipConfig
 from models.noisy_clip.network import NoisyClip
 from models.pixels import resize_crop, to_pixels
 from models.sample_random import SampleRandom
-from pipeline.data.batches import Batch, TextEncoder
+from pipeline.data.batch import Batch, TextEncoder
 from pipeline.networks.contrast import ContrastiveObjective, Pairs
 from pipeline.networks.counting import Work, count, first_steps
 from pipeline.networks.kind import NetworkKind

@@ -13,7 +13,8 @@ from models.prior.config import PriorConfig
 from models.prior.network import Prior
 from models.prior.stage import PriorStage, prior_denoiser
 from models.sample_random import SampleRandom
-from pipeline.data.batches import Batch, Samples, TextEncoder
+from pipeline.data.batch import Batch, TextEncoder
+from pipeline.data.samples import Samples
 from pipeline.networks.counting import Work, count_chain, first_steps, full_captions
 from pipeline.networks.diffusion_loss import DiffusionLoss
 from pipeline.networks.kind import OF_DIFFUSION, NetworkKind

@@ -12,7 +12,7 @@ from models.upsampler.config import UpsamplerConfig
 from models.upsampler.degradation import degraded_low_res, random_crop
 from models.upsampler.network import Upsampler
 from models.upsampler.stage import UpsamplerStage
-from pipeline.data.batches import Batch
+from pipeline.data.batch import Batch
 from pipeline.networks.counting import Work, count_chain, first_steps
 from pipeline.networks.diffusion_loss import DiffusionLoss
 from pipeline.networks.kind import NetworkKind

@@ -6,8 +6,10 @@ import math
 import time
 from collections.abc import Callable
 
-from pipeline.data.batches import IMAGE_CACHE_BYTES, Batch, plan_order
+from pipeline.data.batch import Batch
+from pipeline.data.batches import plan_order
 from pipeline.data.order import Share
+from pipeline.data.samples import IMAGE_CACHE_BYTES
 from pipeline.networks.cores import use_cores
 from pipeline.networks.diffusion_loss import draws_of
 from pipeline.recipe.schedule import logical_cpus

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models.layers.dropout import dropouts_of, set_dropout_random
 from models.sample_random import SampleRandom
-from pipeline.data.batches import Batch
+from pipeline.data.batch import Batch
 from pipeline.data.order import Share
 from pipeline.networks.contrast import ContrastiveObjective, Pairs, gradients_of, no_gradients
 from pipeline.train.sharding import is_sharded

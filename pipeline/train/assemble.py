@@ -14,7 +14,8 @@ from models.clip_config import ClipDims
 from models.diffusion.noise import derive_seed
 from models.layers.unet import set_checkpointing
 from models.text import NullText, TextEncoding
-from pipeline.data.batches import CaptionTable, Samples, TextEncoder
+from pipeline.data.batch import CaptionTable, TextEncoder
+from pipeline.data.samples import Samples
 from pipeline.data.selection import embeddings_of, selection_of
 from pipeline.data.token_states import EmptyCaption
 from pipeline.data.training_rows import ShardReader, require_rows_of

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from models.sample_random import SampleRandom
-from pipeline.data.batches import Batch
+from pipeline.data.batch import Batch
 from pipeline.data.order import Share
 from pipeline.networks.contrast import ContrastiveObjective
 from pipeline.train.accumulation import Place, make_runner

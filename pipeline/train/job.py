@@ -14,8 +14,10 @@ from typing import Any, TypeVar
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from pipeline.data.batches import Batch, Samples, iterate_batches, plan_order
+from pipeline.data.batch import Batch
+from pipeline.data.batches import iterate_batches, plan_order
 from pipeline.data.order import Share
+from pipeline.data.samples import Samples
 from pipeline.errors import ResumeError
 from pipeline.networks.diffusion_loss import draws_of
 from pipeline.networks.files import num_parameters

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from models.diffusion.noise import derive_seed
 from models.layers.ema import update_average
 from models.sample_random import SampleRandom
-from pipeline.data.batches import Batch
+from pipeline.data.batch import Batch
 from pipeline.data.order import Share
 from pipeline.errors import StepError
 from pipeline.networks.diffusion_loss import diffusion_losses_of

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator
 
 import torch
 
-from pipeline.data.batches import Batch
+from pipeline.data.batch import Batch
 from pipeline.errors import ConfigError
 from pipeline.train.assemble import TrainJob
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from models.diffusion.noise import derive_seed
 from models.sample_random import SampleRandom
-from pipeline.data.batches import Batch, Samples
+from pipeline.data.batch import Batch
+from pipeline.data.samples import Samples
 from pipeline.grid import Block, draw_grid
 from pipeline.networks.files import CONFIG, config_content, create_network
 from pipeline.networks.measuring import NUM_EMBEDDINGS, ValidationRows, num_pictures

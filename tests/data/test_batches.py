@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 
 from models.text import TextEncoding
-from pipeline.data import batches as module
-from pipeline.data.batches import CaptionTable, Samples, iterate_batches, plan_order
+from pipeline.data.batch import CaptionTable
+from pipeline.data.batches import iterate_batches, plan_order
 from pipeline.data.order import Share
+from pipeline.data.samples import Samples
 from pipeline.data.tar_index import index_tar
 from pipeline.data.training_rows import ShardReader, ShardTable
 from pipeline.errors import DataError, StepError
@@ -66,7 +67,7 @@ def test_parts_of_a_batch_keep_their_uids(tmp_path: Path) -> None:
 
 def test_batches_are_the_same_when_pictures_are_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cached = _samples(tmp_path)
-    monkeypatch.setattr(module, "IMAGE_CACHE_BYTES", 0)
+    monkeypatch.setattr("pipeline.data.samples.IMAGE_CACHE_BYTES", 0)
     uncached = Samples(cached.reader, 16)
     order = plan_order(cached, 0, where="test")
     pairs = zip(
@@ -82,7 +83,7 @@ def test_batches_are_read_ahead_by_bytes(tmp_path: Path, monkeypatch: pytest.Mon
     read = samples.batch
     monkeypatch.setattr(samples, "batch", lambda locations: num_read.append(1) or read(locations))
     for size, expected in ((1, 2), (5 * read(order.locations(0, 3)).num_bytes, 5), (1 << 40, 16)):
-        monkeypatch.setattr(module, "PREFETCH_BYTES", size)
+        monkeypatch.setattr("pipeline.data.batches.PREFETCH_BYTES", size)
         num_read.clear()
         stream = iterate_batches(samples, order, Share(3), 0, prefetch=True)
         next(stream)
@@ -177,7 +178,7 @@ def waiting(monkeypatch: pytest.MonkeyPatch) -> threading.Semaphore:
             semaphore.release()
             return super().result(timeout)
 
-    monkeypatch.setattr(module, "Future", Shard)
+    monkeypatch.setattr("pipeline.data.samples.Future", Shard)
     return semaphore
 
 

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.data import sources
-from pipeline.data.batches import Samples
 from pipeline.data.make_pairs import PairsSummary, write_pairs
 from pipeline.data.pairs import Pairs
+from pipeline.data.samples import Samples
 from pipeline.data.shard_rows import ShardSpan, shard_names
 from pipeline.data.sources import Source, count_pairs, tars_of
 from pipeline.data.training_rows import ShardReader

@@ -14,9 +14,9 @@ from PIL import Image
 
 from pipeline.clip.files import load_clip
 from pipeline.clip.frozen import FrozenClip
-from pipeline.data.batches import Samples
 from pipeline.data.embed import Embedder
 from pipeline.data.rows import make_uid
+from pipeline.data.samples import Samples
 from pipeline.data.shard_writer import ShardFiles
 from pipeline.data.shards import StoredPictures
 from pipeline.data.training_rows import ShardReader

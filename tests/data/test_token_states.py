@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from pipeline.clip.frozen import FrozenClip
-from pipeline.data.batches import Batch, Samples, iterate_batches, plan_order
+from pipeline.data.batch import Batch
+from pipeline.data.batches import iterate_batches, plan_order
 from pipeline.data.embed import Embedder
 from pipeline.data.order import Share
 from pipeline.data.rows import make_uid
+from pipeline.data.samples import Samples
 from pipeline.data.token_states import PackedText, copy_states, pack, read_empty, states_file
 from pipeline.data.training_rows import ShardReader
 from pipeline.data.vectors import write_embeddings

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.data.batches import Samples
+from pipeline.data.samples import Samples
 from pipeline.data.shard_tables import split_counts
 from pipeline.data.training_rows import ShardReader, require_rows_of
 from pipeline.data.vectors import StoredColumn, read_vectors, to_unit, training_batches

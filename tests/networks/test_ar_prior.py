@@ -10,7 +10,7 @@ from sklearn.decomposition import PCA
 from models.ar_prior.config import ArPriorConfig
 from models.pca import PcaSums
 from models.sample_random import SampleRandom
-from pipeline.data.batches import Batch
+from pipeline.data.batch import Batch
 from pipeline.data.vectors import read_vectors, to_unit
 from pipeline.errors import ConfigError, DataError
 from pipeline.networks.ar_prior import ArPriorObjective, build_ar_prior, measure_embeddings

@@ -15,7 +15,7 @@ from models.diffusion.process import Diffusion
 from models.layers.config import UNetConfig
 from models.sample_random import SampleRandom
 from models.text import TextEncoding
-from pipeline.data.batches import Batch
+from pipeline.data.batch import Batch
 from pipeline.networks.decoder import DecoderObjective
 
 DIMS = ClipDims(embed_dim=8, text_width=8, context_length=8)

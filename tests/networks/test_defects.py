@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.data.batches import Samples, Share, iterate_batches, plan_order
+from pipeline.data.batches import iterate_batches, plan_order
+from pipeline.data.order import Share
 from pipeline.data.rows import split_of
+from pipeline.data.samples import Samples
 from pipeline.data.training_rows import ShardReader
 from pipeline.errors import DataError
 from pipeline.evaluate.metrics import FeatureSums, frechet_distance

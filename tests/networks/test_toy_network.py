@@ -59,7 +59,7 @@ from torch import Tensor, nn
 from models.toy.config import ToyConfig
 from models.sample_random import SampleRandom
 from models.toy.network import Toy
-from pipeline.data.batches import Batch, TextEncoder
+from pipeline.data.batch import Batch, TextEncoder
 from pipeline.networks.counting import Work, count
 from pipeline.networks.kind import NetworkKind
 from pipeline.networks.measuring import COSINES_TO_CAPTIONS, ValidationRows, cosines_to_captions

@@ -11,7 +11,7 @@ from models.clip_config import ClipDims
 from models.sample_random import SampleRandom
 from models.upsampler.config import UpsamplerConfig
 from models.upsampler.network import Upsampler
-from pipeline.data.batches import Batch
+from pipeline.data.batch import Batch
 from pipeline.networks.files import load_network, save_network
 from pipeline.networks.upsampler import UpsamplerObjective
 from pipeline.workspace.store import Artifact

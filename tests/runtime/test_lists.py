@@ -10,7 +10,8 @@ import tomli_w
 import torch
 from numpy.typing import NDArray
 
-from pipeline.data.batches import Batch, Samples
+from pipeline.data.batch import Batch
+from pipeline.data.samples import Samples
 from pipeline.recipe.plan import artifact_of, inputs_of, make_plan
 from pipeline.recipe.recipe import load_recipe
 from pipeline.train.assemble import TrainJob, samples_of

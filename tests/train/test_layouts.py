@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from models.diffusion.config import DiffusionConfig
 from models.layers.dropout import SampleDropout
 from models.sample_random import SampleRandom
-from pipeline.data.batches import Batch
+from pipeline.data.batch import Batch
 from pipeline.data.order import Share
 from pipeline.networks.clip import bigrams_of_all
 from pipeline.networks.contrast import ContrastiveObjective, Pairs

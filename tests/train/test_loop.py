@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from models.layers.dropout import SampleDropout
 from models.layers.ema import create_average
 from models.sample_random import SampleRandom
-from pipeline.data.batches import Batch
+from pipeline.data.batch import Batch
 from pipeline.data.order import Share
 from pipeline.errors import ResumeError, StepError
 from pipeline.recipe.train_sections import NoisyClipStepConfig, TrainConfig, TrainPhase, TrainResources

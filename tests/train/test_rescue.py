@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from models.layers.dropout import SampleDropout
 from models.sample_random import SampleRandom
-from pipeline.data.batches import Batch
+from pipeline.data.batch import Batch
 from pipeline.errors import ConfigError, ResumeError, StepError
 from pipeline.networks.contrast import ContrastiveObjective, Pairs
 from pipeline.recipe.plan import artifact_of, earlier_trainings, make_plan

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from pipeline.clip.frozen import FrozenText
-from pipeline.data.batches import Batch, plan_order
+from pipeline.data.batch import Batch
+from pipeline.data.batches import plan_order
 from pipeline.data.order import Share
 from pipeline.networks.costs import build_clip
 from pipeline.recipe.plan import make_plan
