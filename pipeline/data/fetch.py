@@ -14,13 +14,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import email.utils
-import os
 import random
 import stat
-import time
 import urllib.request
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +26,7 @@ import aiohttp
 from yarl import URL
 
 from pipeline.data import opt_outs
+from pipeline.data.answers import asked_wait_s, target_of, translate
 from pipeline.data.bodies import DISK_ERRORS, Body, read_body
 from pipeline.data.causes import FetchError
 from pipeline.data.clocks import Clock, SharedStops
@@ -224,7 +222,7 @@ class Fetcher:
                     URL(url.text, encoded=True), allow_redirects=False, headers=headers, proxy=self._proxy_of(url)
                 ) as response:
                     if response.status in _REDIRECTS:
-                        return _target_of(response, url)
+                        return target_of(response, url)
                     if not 200 <= response.status < 300:
                         raise await self._refusal(url, response)
                     if policy_of:
@@ -234,7 +232,7 @@ class Fetcher:
             except (aiohttp.ClientError, OSError, ValueError) as error:
                 if isinstance(error, OSError) and error.errno in DISK_ERRORS:
                     raise
-                raise _translate(error) from error
+                raise translate(error) from error
 
     @contextlib.asynccontextmanager
     async def _slot(self, host: str, clock: Clock, policy_of: str) -> AsyncGenerator[None]:
@@ -272,7 +270,7 @@ class Fetcher:
     async def _refusal(self, url: Url, response: aiohttp.ClientResponse) -> FetchError:
         retry_after_s = None
         if response.status in {429, 503}:
-            retry_after_s = _retry_after_s(response.headers)
+            retry_after_s = asked_wait_s(response.headers)
             if retry_after_s:
                 await self._limits.pause(url.host, retry_after_s)
         reason = "".join(filter(str.isprintable, response.reason or ""))[:80]
@@ -393,51 +391,3 @@ def _read_file(path: Path, max_bytes: int) -> Body:
         return path.open("rb")
     except (OSError, ValueError) as error:
         raise FetchError("file", getattr(error, "strerror", None) or str(error)) from None
-
-
-def _target_of(response: aiohttp.ClientResponse, url: Url) -> Url:
-    location = response.headers.get("Location", "")
-    if not location:
-        raise FetchError("redirects", f"http-{response.status} without Location")
-    return parse_url(location, url)
-
-
-def _retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """Seconds of a Retry-After header, which holds seconds or a date; the date is compared with the server's own."""
-    value = headers.get("Retry-After", "").strip()
-    if value.isdecimal():
-        return float(value)
-    retry_at, now = _seconds_of(value), _seconds_of(headers.get("Date", ""))
-    return None if retry_at is None else max(0.0, retry_at - (time.time() if now is None else now))
-
-
-def _seconds_of(date: str) -> float | None:
-    """A date of a header in seconds since the epoch; None if it is none."""
-    try:
-        return email.utils.parsedate_to_datetime(date).timestamp()
-    except (ArithmeticError, LookupError, TypeError, ValueError):  # years and hours of any number of digits
-        return None
-
-
-def _translate(error: Exception) -> FetchError:  # noqa: PLR0911  (a table of classes)
-    """The class of a client's error; details are the system's words, which do not differ from run to run."""
-    reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno and error.errno > 0 else ""
-    if isinstance(error, aiohttp.ServerTimeoutError | TimeoutError):
-        return FetchError("timeout")
-    if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        return FetchError("tls", str(getattr(error.certificate_error, "verify_message", "")) or "certificate")
-    if isinstance(error, aiohttp.ClientSSLError):
-        return FetchError("tls")
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return FetchError("connect", reason)
-    if isinstance(error, aiohttp.ClientPayloadError):
-        return FetchError("body-cut")
-    if isinstance(error, aiohttp.ClientHttpProxyError):
-        return FetchError("connect", f"proxy: http-{error.status}")
-    if isinstance(error, aiohttp.ClientResponseError):
-        return FetchError("protocol")
-    if isinstance(error, aiohttp.InvalidURL):
-        return FetchError("url")
-    if isinstance(error, aiohttp.ClientConnectionError | ConnectionError):
-        return FetchError("lost", reason)
-    return FetchError("other", type(error).__name__)

@@ -9,7 +9,7 @@ Everything between the stages is a file under ``live/``, so a build that is kill
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pipeline.data.vectors import VECTOR_COLUMNS
 from pipeline.recipe.sections import IndexConfig
 from pipeline.retrieve import kinds
+from pipeline.retrieve.choice import ROWS_PER_LIST, choose_num_lists, kinds_left_out, kinds_to_try
 from pipeline.retrieve.embedded import EmbeddedShards, Floats, Ids
 from pipeline.retrieve.parts import PartPlan, PartWriter, code_name, nearer, shards_of_parts
 from pipeline.retrieve.rows import Rows, repeated_positions, sorted_positions, write_array, write_rows
@@ -41,11 +42,6 @@ from pipeline.workspace.manifest import ShardRecord, add_counts
 from pipeline.workspace.store import LIVE, Artifact
 
 BASE_SEGMENT = "segment_00000"
-
-_FLAT_BELOW_ROWS = 4_000
-_FLAT_UP_TO_ROWS = 50_000
-_GRAPH_UP_TO_ROWS = 20_000  # in order, on one thread: a second for 2,000 rows, longer for each as they get more
-_ROWS_PER_LIST = 39  # with a smaller sample, FAISS warns
 _ROWS_AT_ONCE = 65_536
 
 
@@ -109,7 +105,7 @@ class SegmentBuild:
         listed: list[kinds.Kind] = [kind for kind in chosen if kinds.is_listed(kind)]
         if listed:
             num_lists = choose_num_lists(self.config, embedded.num_rows)
-            count = min(self.config.num_train_rows, embedded.num_rows, _ROWS_PER_LIST * num_lists + len(query_rows))
+            count = min(self.config.num_train_rows, embedded.num_rows, ROWS_PER_LIST * num_lists + len(query_rows))
             random_rows = choose_sample(embedded.num_rows, count, rng)
             others = np.setdiff1d(random_rows, query_rows)
             sample_rows = others if len(others) >= num_lists else random_rows
@@ -301,7 +297,7 @@ class SegmentBuild:
             sizes = np.stack([self._load(name, f"{modality}.sizes") for name in names])
             positions = [self._load(name, f"{modality}.positions") for name in names]
             with self.output.write(lists_file(self.segment, modality, kind)) as path, HashedFile(path) as file:
-                for block in _list_blocks(parts, positions, sizes):
+                for block in kinds.list_blocks(parts, positions, sizes):
                     file.write(block)
             with self.output.write(sizes_file(self.segment, modality, kind)) as path:
                 write_array(path, [sizes.sum(axis=0)], sizes.shape[1:], np.int64)
@@ -377,55 +373,6 @@ def build_index(
     Version(0, (BASE_SEGMENT,), "").write(output)
     build.clear()
     return summary
-
-
-def kinds_to_try(config: IndexConfig, num_rows: int, embed_dim: int) -> list[kinds.Kind]:
-    """The kinds that are built and measured, of which the fastest is kept; one bit a feature if nothing fits."""
-    if config.kind != "auto":
-        return [config.kind]
-    reasons = kinds_left_out(config, num_rows, embed_dim)
-    return [kind for kind in kinds.KINDS if kind not in reasons] or ["ivf_rabitq"]
-
-
-def kinds_left_out(config: IndexConfig, num_rows: int, embed_dim: int) -> dict[kinds.Kind, str]:
-    """Why the other kinds are not measured, by kind; for the manifest."""
-    if config.kind != "auto":
-        return {kind: f"index.kind is {config.kind}" for kind in kinds.KINDS if kind != config.kind}
-    if num_rows < _FLAT_BELOW_ROWS:
-        reason = f"fewer than {_FLAT_BELOW_ROWS:,} rows are compared one by one faster than anything else is searched"
-        return {kind: reason for kind in kinds.KINDS if kind != "flat"}
-    reasons: dict[kinds.Kind, str] = {}
-    if num_rows > _FLAT_UP_TO_ROWS:
-        reasons["flat"] = f"more than {_FLAT_UP_TO_ROWS:,} rows take longer to compare one by one than lists to visit"
-    if num_rows > _GRAPH_UP_TO_ROWS:
-        reasons["hnsw"] = f"a graph of more than {_GRAPH_UP_TO_ROWS:,} rows takes too long to build"
-    for kind in kinds.KINDS:
-        memory_gb = num_rows * kinds.row_bytes(kind, embed_dim) / 1e9
-        if kind not in reasons and memory_gb > config.memory_gb:
-            reasons[kind] = f"it takes {memory_gb:.1f} GB; index.memory_gb is {config.memory_gb:g}"
-    return reasons
-
-
-def choose_num_lists(config: IndexConfig, num_rows: int) -> int:
-    """The number of lists: four times the root of the rows, as far as the training sample allows."""
-    return max(1, min(round(4 * num_rows**0.5), min(config.num_train_rows, num_rows) // _ROWS_PER_LIST))
-
-
-def _list_blocks(
-    parts: Sequence[NDArray[np.uint8]], positions: Sequence[Ids], sizes: NDArray[np.int64]
-) -> Iterator[bytes]:
-    """The bytes of each list: codes, padding, positions, padding. A part's positions follow those of earlier parts."""
-    firsts = np.concatenate([[0], np.cumsum([len(part) for part in parts])])
-    ends = np.cumsum(sizes, axis=1)
-    capacities = kinds.Lists(sizes.sum(axis=0), parts[0].shape[1]).capacities
-    for number, capacity in enumerate(capacities.tolist()):
-        slices = [slice(int(ends[p, number] - sizes[p, number]), int(ends[p, number])) for p in range(len(parts))]
-        codes = np.concatenate([part[rows] for part, rows in zip(parts, slices, strict=True)])
-        numbers = np.concatenate(
-            [one[rows] + first for one, rows, first in zip(positions, slices, firsts, strict=False)]
-        )
-        free = capacity - len(codes)
-        yield codes.tobytes() + bytes(free * codes.shape[1]) + numbers.astype(np.int64).tobytes() + bytes(8 * free)
 
 
 def _metrics(

@@ -12,7 +12,7 @@ Legend: N rows, Q queries, D features, L lists.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -186,6 +186,23 @@ def read(path: Path) -> Any:
         RuntimeError: If it is damaged.
     """
     return faiss.read_index(str(path))
+
+
+def list_blocks(
+    parts: Sequence[NDArray[np.uint8]], positions: Sequence[Ids], sizes: NDArray[np.int64]
+) -> Iterator[bytes]:
+    """The bytes of each list: codes, padding, positions, padding. A part's positions follow those of earlier parts."""
+    firsts = np.concatenate([[0], np.cumsum([len(part) for part in parts])])
+    ends = np.cumsum(sizes, axis=1)
+    capacities = Lists(sizes.sum(axis=0), parts[0].shape[1]).capacities
+    for number, capacity in enumerate(capacities.tolist()):
+        slices = [slice(int(ends[p, number] - sizes[p, number]), int(ends[p, number])) for p in range(len(parts))]
+        codes = np.concatenate([part[rows] for part, rows in zip(parts, slices, strict=True)])
+        numbers = np.concatenate(
+            [one[rows] + first for one, rows, first in zip(positions, slices, firsts, strict=False)]
+        )
+        free = capacity - len(codes)
+        yield codes.tobytes() + bytes(free * codes.shape[1]) + numbers.astype(np.int64).tobytes() + bytes(8 * free)
 
 
 def map_lists(coder: Any, lists: Lists, path: Path) -> None:

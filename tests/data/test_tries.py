@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.data import fetch
+from pipeline.data.answers import asked_wait_s
 from pipeline.data.fetch import Fetcher
 from pipeline.data.urls import AddressRules
 from tests.data.fetching import CONFIG, NEAR, PICTURE, Names, cause_of, fetch_all
@@ -54,7 +54,7 @@ _DATES = (
 
 @given(_DATES, _DATES)
 def test_any_date_to_retry_after_is_a_time_or_none(value: str, date: str) -> None:
-    wait_s = fetch._retry_after_s({"Retry-After": value, "Date": date})
+    wait_s = asked_wait_s({"Retry-After": value, "Date": date})
     assert wait_s is None or wait_s >= 0
 
 

@@ -13,7 +13,8 @@ from pipeline.data.vectors import ROW_GROUP_ROWS
 from pipeline.errors import DataError
 from pipeline.recipe.sections import IndexConfig
 from pipeline.retrieve import NeighbourIndex, kinds, segment
-from pipeline.retrieve.build import build_index, kinds_left_out, kinds_to_try
+from pipeline.retrieve.build import build_index
+from pipeline.retrieve.choice import kinds_left_out, kinds_to_try
 from pipeline.retrieve.efforts import Effort, effort_for
 from pipeline.retrieve.rows import Rows
 from pipeline.retrieve.tune import _Measurement
