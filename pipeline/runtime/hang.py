@@ -11,7 +11,6 @@ import os
 import threading
 import time
 import traceback
-from types import TracebackType
 from typing import Any, Self
 
 import psutil
@@ -54,9 +53,7 @@ class _Repeated:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._ends.set()
         self._thread.join(_LAST_LOOK_S)
 

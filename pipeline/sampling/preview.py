@@ -2,7 +2,6 @@
 
 import time
 from pathlib import Path
-from types import TracebackType
 
 from models.pixels import to_uint8
 from models.stage import StageStep, Watch
@@ -31,9 +30,7 @@ class Preview:
     def __enter__(self) -> "Preview":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._path.unlink(missing_ok=True)
 
     def __call__(self, step: StageStep) -> None:
