@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 import torch.distributed
@@ -18,6 +19,9 @@ from pipeline.train.accumulation import Place, make_runner
 
 _MOST_SAMPLES = 8
 _MOST_NAMES = 3
+
+T = TypeVar("T")
+_Sample = tuple[Batch, SampleRandom]
 
 
 @dataclass(frozen=True)
@@ -78,57 +82,63 @@ def find_culprits_together(
 ) -> Culprits:
     """The same of a divided network, which all workers run together: each brings one sample at a time.
 
-    Where every loss is finite and a gradient is not, each worker's sample is weighted by one in turn, the others' by
-    zero.
+    Where something is not finite, the workers are searched in halves of halves. Those that are not looked at run the
+    sample of the first that is: weighted by zero, their own could still bring gradients that are not finite.
     """
     if isinstance(objective, ContrastiveObjective):
         objective.share = None
         batch = objective.prepare(batch, random)
     run, culprits, num_bad = make_runner(objective), Culprits(), 0
 
-    def names_by(part: slice, weight: float) -> tuple[Tensor, list[str]]:
-        loss = run(objective, batch.rows(part), random.rows(part), place)
-        (loss * weight).backward()
-        names = [name for name, parameter in objective.named_parameters() if not _is_finite(parameter.grad)]
+    def find_bad(sample: _Sample) -> list[str] | None:
+        """The names of the parameters with a gradient that is not finite, the same on all workers; None: all is."""
+        loss = run(objective, *sample, place)
+        loss.backward()
+        own = [name for name, parameter in objective.named_parameters() if not _is_finite(parameter.grad)]
         objective.zero_grad(set_to_none=True)
-        return loss.detach(), names
+        is_finite = not own and bool(torch.isfinite(loss.detach()))
+        of_workers = _gathered(None if is_finite else own)
+        return None if all(names is None for names in of_workers) else _joined(names or [] for names in of_workers)
+
+    def search(workers: range, row: int) -> None:
+        nonlocal num_bad
+        if num_bad >= _MOST_SAMPLES:
+            return
+        part = slice(row, row + 1)
+        own = (batch.rows(part), random.rows(part))
+        sample = own if len(workers) == share.world_size else _of_worker(workers[0], own)
+        names = find_bad(own if share.rank in workers else sample)
+        if names is None:
+            return
+        if len(workers) == 1:
+            num_bad += 1
+            if share.rank in workers:
+                culprits.uids.append(batch.uids[row])
+                culprits.parameters.extend(name for name in names if name not in culprits.parameters)
+            return
+        middle = len(workers) // 2
+        search(workers[:middle], row)
+        search(workers[middle:], row)
 
     for number in range(share.largest):
-        row = min(number, len(share) - 1)
-        part = slice(row, row + 1)
-        loss, names = names_by(part, 1.0)
-        is_bad = not bool(torch.isfinite(loss))
-        has_bad_loss, has_bad_gradient = _any_worker(place, is_bad), _any_worker(place, bool(names))
-        if has_bad_gradient and not has_bad_loss:
-            for turn in range(share.world_size):
-                _, of_turn = names_by(part, float(turn == share.rank))
-                if _any_worker(place, bool(of_turn)) and turn == share.rank:
-                    is_bad = True
-        if is_bad:
-            culprits.uids.append(batch.uids[row])
-            culprits.parameters.extend(name for name in names if name not in culprits.parameters)
-        num_bad += has_bad_loss or has_bad_gradient
-        if num_bad >= _MOST_SAMPLES:
-            break
-    return Culprits(list(dict.fromkeys(culprits.uids)), culprits.parameters)
+        search(range(share.world_size), min(number, len(share) - 1))
+    return Culprits(_joined([culprits.uids]), culprits.parameters)
 
 
-def _any_worker(place: Place, holds: bool) -> bool:
-    flag = torch.tensor(float(holds), device=place.device)
-    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-    return bool(flag)
+def _of_worker(worker: int, sample: _Sample) -> _Sample:
+    """The sample of one worker, on all of them."""
+    batch, random = sample
+    values = [(replace(batch, uids=tuple(batch.uids)), random)]
+    torch.distributed.broadcast_object_list(values, src=worker)
+    return values[0]
 
 
 def of_all_workers(culprits: Culprits) -> Culprits:
     """The findings of all workers together."""
     if not torch.distributed.is_initialized():
         return culprits
-    parts: list[Culprits] = [culprits] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, culprits)
-    return Culprits(
-        [uid for part in parts for uid in part.uids],
-        list(dict.fromkeys(name for part in parts for name in part.parameters)),
-    )
+    parts = _gathered(culprits)
+    return Culprits([uid for part in parts for uid in part.uids], _joined(part.parameters for part in parts))
 
 
 def describe(culprits: Culprits) -> str:
@@ -147,3 +157,15 @@ def describe(culprits: Culprits) -> str:
 def _is_finite(gradient: Tensor | None) -> bool:
     own = gradient.to_local() if isinstance(gradient, DTensor) else gradient
     return own is None or bool(torch.isfinite(own).all())
+
+
+def _gathered(value: T) -> list[T]:
+    """The values of all workers."""
+    values = [value] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def _joined(parts: Iterable[Sequence[str]]) -> list[str]:
+    """What is in any of them, once."""
+    return list(dict.fromkeys(name for part in parts for name in part))
