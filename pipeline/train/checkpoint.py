@@ -122,6 +122,11 @@ class Snapshot:
         if self.number > 0:
             artifact.write_json(_record_name(own), {"attempt": attempt, "seal": seal})
 
+    def file_names(self, name: str) -> set[str]:
+        """What all workers write of it, by the name of its first file."""
+        others = [file_name(name, number, self.num_files) for number in range(1, self.num_files)]
+        return {name, *others, *map(_record_name, others)}
+
     def _offsets(self) -> dict[str, Json]:
         """Where each tensor lies in the whole one, as ``torch.distributed.checkpoint`` writes it."""
         return {

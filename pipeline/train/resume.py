@@ -139,6 +139,9 @@ class CheckpointWriter:
     def keep_state(self, state: TrainState, before: Callable[[int], object] | None = None) -> None:
         """Write the state of the last step beside the finished network, now.
 
+        An earlier start may have left one in another number of files: what does not belong to this one is removed, so
+        that it is not committed.
+
         Args:
             state: The state.
             before: Called with its step before it is written.
@@ -150,7 +153,11 @@ class CheckpointWriter:
         if _writes(state):
             if before is not None:
                 before(state.step)
-            Snapshot.of(state).publish(self._artifact, state_name(state.step), self._digest, self._attempt)
+            snapshot, name = Snapshot.of(state), state_name(state.step)
+            snapshot.publish(self._artifact, name, self._digest, self._attempt)
+            if snapshot.number == 0:
+                kept = {one for one in self._artifact.names() if one.startswith(KEPT_STATE)}
+                self._artifact.remove_all(sorted(kept - snapshot.file_names(name)))
 
     def _write(self, snapshot: Snapshot, before: Callable[[int], object] | None) -> None:
         try:
