@@ -220,6 +220,10 @@ def continue_training(state: TrainState, job: TrainJob, warn: Callable[[Damage],
         return MetricsLog(job.output, state.step)
     note_begun_with(job)
     finished, not_continued = None, list[str]()
+    if hasattr(job.section, "init_from"):
+        instead = "start from its weights instead: init_from, without phases"
+    else:
+        instead = "train without phases, from the beginning"
     for earlier in job.earlier:
         source = source_of(earlier.artifact)
         if changed := _changed_since(source["input_contents"], job.inputs):
@@ -228,17 +232,20 @@ def continue_training(state: TrainState, job: TrainJob, warn: Callable[[Damage],
                 "anew since"
             )
             continue
-        if load_newest_checkpoint(state, earlier.artifact, earlier.key, warn, last_step=earlier.last_step):
+        is_finished = earlier.artifact.exists(MANIFEST)
+        if load_newest_checkpoint(
+            state,
+            earlier.artifact,
+            earlier.key,
+            warn,
+            last_step=earlier.last_step,
+            instead=instead if is_finished else "",
+        ):
             note_continued(job, {"key": earlier.key, "step": state.step, **source})
             return MetricsLog(job.output, state.step, before=earlier.artifact)
-        if earlier.artifact.exists(MANIFEST):
+        if is_finished:
             finished = finished or earlier
     if finished is not None:
-        instead = (
-            "start from its weights instead: init_from, without phases"
-            if hasattr(job.section, "init_from")
-            else ("train without phases, from the beginning")
-        )
         raise ResumeError(
             f"{finished.artifact.uri}: the training that phases from step {finished.last_step} on would continue is "
             f"finished and kept no state of its optimizer (resources.keep_state); {instead}"

@@ -205,6 +205,7 @@ def load_newest_checkpoint(
     warn: Callable[[Damage], None] = lambda _: None,
     *,
     last_step: int | None = None,
+    instead: str = "",
 ) -> bool:
     """Continue from the newest whole checkpoint; False if there is none at all. Every worker calls this.
 
@@ -214,6 +215,7 @@ def load_newest_checkpoint(
         digest: Key of that training.
         warn: Receives each damaged checkpoint that is passed over.
         last_step: The newest step that may be taken; None: any.
+        instead: What a person may do where none is whole; empty: let another step be the last, or start again.
 
     Raises:
         ResumeError: If a checkpoint belongs to another configuration or does not fit the network, if all of them are
@@ -221,7 +223,7 @@ def load_newest_checkpoint(
             workers see different ones.
         MemoryError, RuntimeError: If memory does not suffice for it; see ``is_out_of_memory``.
     """
-    steps, damages = _seen_by_all(artifact), list[str]()
+    steps, damages = _seen_by_all(artifact), dict[str, str]()
     for step, name in sorted(steps.items(), reverse=True):
         if last_step is not None and step > last_step:
             continue
@@ -238,7 +240,7 @@ def load_newest_checkpoint(
             damage = str(error)
         damage = next(filter(None, _gathered(damage)), "")  # all workers take the same one
         if damage or put is None:
-            damages.append(f"{where}: {damage}")
+            damages[name] = damage
             warn(Damage(step, damage))
             continue
         try:
@@ -249,16 +251,31 @@ def load_newest_checkpoint(
             raise ResumeError(f"{where}: does not fit the network: {error}") from error
         return True
     if damages:
-        raise ResumeError(
-            f"no checkpoint is whole: {'; '.join(damages)}; bring one back from a copy, or move "
-            f"{artifact.uri}/{CHECKPOINTS} away to start again"
-        )
+        early = "" if last_step is None else f" up to step {last_step}"
+        reasons = "; ".join(f"{artifact.uri}/{name}: {damage}" for name, damage in damages.items())
+        later = [step for step, name in steps.items() if name not in damages]
+        instead = instead or _way_on(artifact, damages, later)
+        raise ResumeError(f"no checkpoint{early} is whole: {reasons}; bring one back from a copy, or {instead}")
     if steps:
         raise ResumeError(
             f"{artifact.uri}: its first checkpoint is of step {min(steps)}, later than the phase that begins at step "
             f"{last_step}; let the phase begin there"
         )
     return False
+
+
+def _way_on(artifact: Artifact, damaged: Collection[str], later: Collection[int]) -> str:
+    """What may be done without the checkpoints that are damaged.
+
+    Args:
+        artifact: Their artifact.
+        damaged: Their names.
+        later: The steps of those that are too late for the phase that begins there.
+    """
+    if later:
+        return f"let the phase begin at step {min(later)}, of which there is one"
+    folders = sorted({f"{artifact.uri}/{name.rpartition('/')[0]}/" for name in damaged})
+    return f"move {' and '.join(folders)} away to start again"
 
 
 def _seen_by_all(artifact: Artifact) -> dict[int, str]:

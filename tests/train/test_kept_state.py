@@ -1,4 +1,4 @@
-"""The state that a finished training keeps."""
+"""The state that a finished training keeps: its files, and what is said of one that is damaged."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.errors import ResumeError
 from pipeline.recipe.train_sections import TrainConfig
 from pipeline.train import resume
 from pipeline.train.checkpoint import Checkpoint
-from pipeline.train.resume import CheckpointWriter, Keep, state_name
+from pipeline.train.resume import CheckpointWriter, Keep, load_newest_checkpoint, state_name
 from pipeline.train.state import TrainState, create_state
 from pipeline.workspace.store import Artifact
 
@@ -48,3 +49,15 @@ def test_a_state_is_not_committed_with_files_of_another_number_of_workers(
         records = [part.replace(".safetensors", ".json") for part in parts]
         assert artifact.describe_files().keys() == {"model.safetensors", first, *parts, *records}
         assert Checkpoint(artifact, first).read("network").keys() == {"weight", "bias"}
+
+
+def test_a_damaged_state_is_moved_from_where_it_is(tmp_path: Path) -> None:
+    artifact = Artifact(str(tmp_path / "training"))
+    _keep(artifact, 1)  # the training was killed before its commit
+    path = artifact.path(state_name(STEP))
+    path.write_bytes(path.read_bytes()[:-1])
+    words = rf"no checkpoint is whole: {path}: .*, or move {path.parent}/ away to start again"
+    with pytest.raises(ResumeError, match=words):
+        load_newest_checkpoint(_state(), artifact, "key")
+    path.parent.rename(tmp_path / "away")
+    assert not load_newest_checkpoint(_state(), artifact, "key")

@@ -172,6 +172,47 @@ def test_a_phase_before_the_first_checkpoint_is_refused_by_its_step(
         run_job(_job(_recipe(tmp_path, TrainPhase(from_step=3, learning_rate=5e-4)), inputs), no_watch)
 
 
+def _cut_short(job: TrainJob, name: str) -> None:
+    path = job.output.path(name)
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def test_phases_before_damaged_checkpoints_are_refused_with_what_can_be_done(
+    tmp_path: Path, inputs: dict[str, Artifact]
+) -> None:
+    before = _job(_recipe(tmp_path), inputs)
+    run_job(before, no_watch)
+    early, late, last = (
+        _job(_recipe(tmp_path, TrainPhase(from_step=step, learning_rate=5e-4)), inputs) for step in (3, 4, 5)
+    )
+    _cut_short(before, checkpoint_name(2))
+    advice = "bring one back from a copy, or let the phase begin at step 4"
+    with pytest.raises(ResumeError, match=rf"no checkpoint up to step 3 is whole: \S*00000002\S*: .*; {advice}"):
+        run_job(early, no_watch)
+    assert run_job(late, no_watch)["continued"]["step"] == 4
+
+    _cut_short(before, checkpoint_name(4))
+    folder = Path(before.output.uri) / "live" / "checkpoints"
+    advice = rf"bring one back from a copy, or move {folder}/ away to start again"
+    with pytest.raises(ResumeError, match=rf"no checkpoint up to step 5 is whole: .*00000004.*00000002.*; {advice}"):
+        run_job(last, no_watch)
+    folder.rename(tmp_path / "away")
+    assert "continued" not in run_job(last, no_watch)
+
+
+def test_a_damaged_state_of_a_finished_training_is_refused_with_what_can_be_done(
+    tmp_path: Path, inputs: dict[str, Artifact]
+) -> None:
+    before = _job(_recipe(tmp_path, keep_state=True), inputs)
+    run_job(before, no_watch)
+    before.output.commit(_manifest())
+    _cut_short(before, "state/00000006.safetensors")
+    longer = _job(_recipe(tmp_path, TrainPhase(from_step=6, num_steps=8)), inputs)
+    advice = "bring one back from a copy, or start from its weights instead: init_from, without phases"
+    with pytest.raises(ResumeError, match=rf"no checkpoint up to step 6 is whole: \S*state/00000006\S*: .*; {advice}"):
+        run_job(longer, no_watch)
+
+
 def test_phases_are_part_of_the_key_one_by_one(tmp_path: Path) -> None:
     phases = (TrainPhase(from_step=2, learning_rate=1e-4), TrainPhase(from_step=4, num_steps=9))
     keys = {
