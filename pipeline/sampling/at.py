@@ -129,8 +129,11 @@ def _averaged(recipe: Recipe, name: str, number: str, folder: str) -> Artifact:
     try:
         checkpoint = Checkpoint(training, name_of_file)
         average = checkpoint.read("ema")
-    except DamagedCheckpointError as error:
-        raise DataError(f"{training.uri}/{name_of_file}: {error}; take another checkpoint") from None
+    except (DamagedCheckpointError, DataError) as error:
+        if step_number not in checkpoint_steps(training):  # the training has removed it since it was listed
+            return _averaged(recipe, name, number, folder)
+        why = "it cannot be read" if isinstance(error, DataError) else error
+        raise DataError(f"{training.uri}/{name_of_file}: {why}; take another checkpoint") from None
     network = Artifact(f"{folder}/{training.key}@{step_number}")  # what a picture says of its networks
     network.write_whole(WEIGHTS, lambda path: save_tensors(average, path, {"format": "pt"}))
     network.write_json(CONFIG, checkpoint.network)

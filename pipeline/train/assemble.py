@@ -213,14 +213,18 @@ def _averaged(file: str) -> nn.Module:
     """The averaged network of a checkpoint."""
     folder, _, name = file.rpartition("/")
     artifact = Artifact(folder or ".")
-    if not artifact.exists(name):
-        raise DataError(f"init_from {file}: no such file; name another checkpoint, or the folder of a network")
+    other = "name another checkpoint, or the folder of a network"
     try:
         checkpoint = Checkpoint(artifact, name)
+    except DataError:
+        raise DataError(f"init_from {file}: no such file; {other}") from None
+    except DamagedCheckpointError as error:
+        raise DataError(f"init_from {file}: {error}; {other}") from error
+    try:
         network = create_network(checkpoint.network, file)
         network.load_state_dict(checkpoint.read("ema"))
     except DamagedCheckpointError as error:
-        raise DataError(f"init_from {file}: {error}; name another checkpoint, or the folder of a network") from error
+        raise DataError(f"init_from {file}: {error}; {other}") from error
     return network
 
 

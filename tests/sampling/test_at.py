@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.recipe.plan import Step, artifact_of, make_plan, manifest_of
 from pipeline.recipe.recipe import Recipe
 from pipeline.runtime.context import StepContext
+from pipeline.sampling import at as at_module
 from pipeline.sampling.at import note_on_left_out
 from pipeline.sampling.sample import sample_recipe
+from pipeline.train.checkpoint import Checkpoint
+from pipeline.train.resume import checkpoint_name
 from pipeline.workspace.store import Artifact, Workspace
 from tests.tiny.recipe import training
 from tests.tiny.training import train_here
@@ -99,3 +102,41 @@ def test_what_cannot_be_sampled_says_what_can(recipe: Recipe) -> None:
     assert refused() == f"upsampler_1 {first}; or sample without: --set upsampler_1=false --set upsampler_2=false"
     _train(recipe, "upsampler_1")
     assert refused() == f"upsampler_1 {first}; or take what is trained so far: --at upsampler_1@last"
+
+
+def test_a_checkpoint_that_the_training_removes_before_it_is_read(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = _artifact(recipe, "decoder")
+
+    def late(artifact: Artifact, name: str) -> Checkpoint:
+        """The checkpoint, in whose place the training has written a later one meanwhile."""
+        if name == checkpoint_name(1):
+            training.path(name).rename(Path(training.uri) / checkpoint_name(5))
+        return Checkpoint(artifact, name)
+
+    monkeypatch.setattr(at_module, "Checkpoint", late)
+    _, facts = _sample(recipe, "decoder@last")
+    assert facts["networks"]["decoder"] == f"{_step(recipe, 'decoder').key}@5"
+    (Path(training.uri) / checkpoint_name(5)).rename(Path(training.uri) / checkpoint_name(1))
+    with pytest.raises(ConfigError, match="--at decoder@1: decoder has the checkpoints at 5 under this recipe"):
+        _sample(recipe, "decoder@1")
+
+
+def test_a_checkpoint_that_cannot_be_read_is_no_reason_to_move_the_training(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = _artifact(recipe, "decoder")
+    file = training.path(checkpoint_name(1))
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1])
+    with pytest.raises(DataError, match=r"00000001\.safetensors: it is cut short .*; take another checkpoint$"):
+        _sample(recipe, "decoder@1")
+    file.write_bytes(whole)
+
+    def missing(artifact: Artifact, name: str) -> None:
+        artifact.path(f"{name} of another machine")  # storage over a network may list what it does not give yet
+
+    monkeypatch.setattr(at_module, "Checkpoint", missing)
+    with pytest.raises(DataError, match=r"00000001\.safetensors: it cannot be read; take another checkpoint$"):
+        _sample(recipe, "decoder@1")

@@ -122,7 +122,7 @@ def test_a_training_starts_from_a_checkpoint_of_another(
 
 
 def test_a_training_goes_on_inside_its_run_when_the_checkpoint_that_it_started_from_is_gone(
-    training: tuple[Recipe, TrainJob, list[str]], tmp_path: Path
+    training: tuple[Recipe, TrainJob, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another run needs a copy: see tests/recipe/test_user_files.py."""
     recipe, job, _ = training
@@ -146,6 +146,11 @@ def test_a_training_goes_on_inside_its_run_when_the_checkpoint_that_it_started_f
     assert weights[0] == weights[1]
     with pytest.raises(DataError, match=r"init_from .*kept\.safetensors: no such file; name another checkpoint"):
         assemble(dataclasses.replace(wild, output=Artifact(str(tmp_path / "new"))))
+
+    with monkeypatch.context() as patch:  # it has gone since it was looked for
+        patch.setattr(Artifact, "exists", lambda *_: True)
+        with pytest.raises(DataError, match=r"init_from .*kept\.safetensors: no such file; name another checkpoint"):
+            assemble(dataclasses.replace(wild, output=Artifact(str(tmp_path / "new"))))
 
 
 def _key(recipe: Recipe) -> str:
