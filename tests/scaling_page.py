@@ -1,4 +1,4 @@
-"""The table of docs/scaling.md that counts requests by hand."""
+"""The tables of docs/scaling.md that count requests by hand."""
 
 import math
 import re
@@ -14,8 +14,18 @@ _TERM = re.compile(r"(?:(\d+) )?(?:([NBEQ])|P\(([^)]*)\))|(\d+)")
 
 def counted_by_hand() -> dict[str, dict[str, str]]:
     """The cells by step and kind of request, see ``value``."""
+    return _table("| step | GET |")
+
+
+def asked_by_the_clock() -> dict[str, dict[str, str]]:
+    """The cells by what asks; "every s" is how often, the others are kinds of requests."""
+    return _table("| by the clock |")
+
+
+def _table(begin: str) -> dict[str, dict[str, str]]:
+    """The cells of the table that begins so, by the first cell of their row and the name of their column."""
     lines = (ROOT / "docs/scaling.md").read_text(encoding="utf-8").splitlines()
-    first = next(number for number, line in enumerate(lines) if line.startswith("| step | GET |"))
+    first = next(number for number, line in enumerate(lines) if line.startswith(begin))
     kinds = [cell.strip() for cell in lines[first].strip("|").split("|")][1:]
     table: dict[str, dict[str, str]] = {}
     for line in lines[first + 2 :]:

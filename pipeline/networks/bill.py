@@ -41,7 +41,7 @@ REQUESTS: dict[str, tuple[tuple[int, int], tuple[int, int]]] = {
 }
 """Requests of a step that read (GET, HEAD), and that write or list (PUT, LIST): for each shard, and for the step. It is
 the table of docs/scaling.md, which a test measures, of few shards: of many, a page of a listing for each thousand files
-is left out."""
+is left out, and what is asked by the clock."""
 TAR_REQUESTS = (6, 4)
 """Requests of `pairs` for each tar of a person's own, that read and that write."""
 TASK_REQUESTS = (9, 3)
