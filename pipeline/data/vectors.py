@@ -44,10 +44,10 @@ class Vectors:
     """Columns uid, key, url, caption, split, clip_score."""
 
 
-def to_arrow(vectors: NDArray[Any]) -> pa.FixedSizeListArray:
-    """Convert (N, D) numbers to a column of fixed-size lists of float16."""
-    halves = np.ascontiguousarray(vectors, dtype=np.float16)
-    return pa.FixedSizeListArray.from_arrays(pa.array(halves.reshape(-1)), halves.shape[1])
+def to_arrow(vectors: NDArray[Any], dtype: Any = np.float16) -> pa.FixedSizeListArray:
+    """Convert (N, D) numbers to a column of fixed-size lists of a type of floats."""
+    rows = np.ascontiguousarray(vectors, dtype=dtype)
+    return pa.FixedSizeListArray.from_arrays(pa.array(rows.reshape(-1)), rows.shape[1])
 
 
 def to_numpy(column: pa.ChunkedArray) -> NDArray[np.float16]:

@@ -185,7 +185,7 @@ def _row_tables(rows: Iterator[_Row]) -> Iterator[pa.Table]:
         columns: dict[str, Any] = {}
         for name in names:
             column = [values.get(name) for values, _ in chunk]
-            columns[name] = pa.array(column, pa.list_(pa.float32())) if name == "embedding" else _texts(column)
+            columns[name] = pa.array(column, pa.list_(pa.float64())) if name == "embedding" else _texts(column)
         columns[PROBLEM] = pa.array([problem or _unlike(values, names) for values, problem in chunk], pa.string())
         yield pa.table(columns)
 
@@ -221,7 +221,8 @@ def _vectors(column: pa.ChunkedArray, name: str) -> Any:
     is_list = pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind) or pa.types.is_large_list(kind)
     if not (is_list and (pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type))):
         raise DataError(f"column {name} is {kind}, not lists of numbers")
-    return column.cast(pa.list_(pa.float32()), safe=False)  # a safe cast refuses integers that float32 rounds
+    floats = kind.value_type if pa.types.is_floating(kind.value_type) else pa.float64()
+    return column.cast(pa.list_(floats), safe=False)  # a safe cast refuses integers that float64 rounds
 
 
 def _decoded(column: pa.ChunkedArray, name: str, problems: list[str | None]) -> Any:
@@ -290,8 +291,10 @@ def _vector_tables(source: Path) -> Iterator[pa.Table]:
         raise DataError("several arrays (.npz), not one of floats (N, D)")
     if vectors.ndim != 2 or vectors.dtype.kind != "f":
         raise DataError(f"{vectors.dtype} of shape {vectors.shape}, not floats (N, D)")
+    # As wide as they are, since a query may have any length; only the widest floats Arrow has not.
+    dtype = np.dtype(f"f{min(vectors.dtype.itemsize, 8)}")
     for start in range(0, len(vectors), PART_ROWS):
-        yield pa.table({"embedding": to_arrow(vectors[start : start + PART_ROWS])})
+        yield pa.table({"embedding": to_arrow(vectors[start : start + PART_ROWS], dtype)})
 
 
 _READERS: dict[str, Callable[[Path], Iterator[pa.Table]]] = {

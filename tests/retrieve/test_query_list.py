@@ -12,6 +12,7 @@ import pytest
 
 from pipeline.errors import DataError
 from pipeline.retrieve import query_list
+from pipeline.retrieve.queries import read_embedding, to_direction
 from pipeline.retrieve.query_list import num_parts, write_queries
 
 _TEXTS = ["a red circle", 'with "quotes", a comma', "caf\u00e9"]
@@ -54,9 +55,30 @@ def test_vectors_are_queries(tmp_path: Path) -> None:
     assert table.column("uid").to_pylist() == ["a", None, "b"]
 
 
-def test_integers_that_float32_rounds_are_vectors(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"vector": [[1, 2], [2**24 + 1, 0]]}), tmp_path / "q.parquet")
-    assert _read(tmp_path / "q.parquet", tmp_path).column("embedding").to_pylist() == [[1, 2], [2**24, 0]]
+def test_integers_that_float64_rounds_are_vectors(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"vector": [[1, 2], [2**53 + 1, 0]]}), tmp_path / "q.parquet")
+    assert _read(tmp_path / "q.parquet", tmp_path).column("embedding").to_pylist() == [[1, 2], [2**53, 0]]
+
+
+@pytest.mark.parametrize("dtype", ["<f2", "<f4", ">f4", "<f8", "<f16"])
+@pytest.mark.parametrize("suffix", [".npy", ".jsonl", ".parquet"])
+def test_a_vector_of_any_length_is_the_direction_that_a_single_search_reads(
+    suffix: str, dtype: str, tmp_path: Path
+) -> None:
+    lengths = {2: [1e-3, 1e3], 4: [1e-9, 1e5, 1e30], 8: [1e-150, 1e100], 16: [1e-150, 1e100]}[np.dtype(dtype).itemsize]
+    directions = np.random.default_rng(0).normal(size=(len(lengths), 6))
+    vectors = (directions * np.array(lengths)[:, None]).astype(dtype)
+    path, lists = tmp_path / f"q{suffix}", vectors.astype(np.float64).tolist()
+    if suffix == ".npy":
+        np.save(path, vectors)
+    elif suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps({"embedding": one}) for one in lists))
+    else:
+        pq.write_table(pa.table({"embedding": lists}), path)
+    for value, vector in zip(_read(path, tmp_path).column("embedding").to_pylist(), vectors, strict=True):
+        alone = tmp_path / "one.npy"
+        np.save(alone, vector)
+        assert to_direction(value, 6).tolist() == read_embedding(str(alone), 6).tolist()
 
 
 @pytest.mark.parametrize("name", ["q.txt", "q.parquet", "q.jsonl"])
