@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.errors import DataError
-from pipeline.workspace.manifest import content_of
+from pipeline.workspace.manifest import content_of, read_record
 from pipeline.workspace.store import Artifact
 
 CHANGE = re.compile(r"changes/\d{6}\.json")
-"""Names of the versions of an index behind the first, in their order; each names its segments."""
+"""Names of the versions of an index behind the first, in their order, the last two; each names its segments."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,31 @@ class Appended:
         return f"unclip append RECIPE {shlex.quote(self.uri)}"
 
 
+@dataclass(frozen=True)
+class _Segments:
+    """What a plan reads of a version of an index."""
+
+    segments: tuple[str, ...]
+
+
+def newest_change(index: Artifact) -> tuple[str, bytes] | None:
+    """Name and content of the newest version of an index behind the first; None if it has no other.
+
+    Raises:
+        DataError: If it was listed, and is not there.
+    """
+    before = ""
+    while changes := [name for name in index.names() if CHANGE.fullmatch(name)]:
+        name = changes[-1]
+        content = index.find_bytes(name)
+        if content is not None:
+            return name, content
+        if name == before:
+            raise DataError(f"{index.uri}/{name}: not there, though it is listed; {index.mend()}")
+        before = name  # two changes since it was listed have removed it
+    return None
+
+
 def appended_embeddings(index: Artifact, inputs: Mapping[str, str]) -> list[Appended]:
     """What the newest version of an index reads beside the inputs of its step, in the order of its segments.
 
@@ -38,10 +63,11 @@ def appended_embeddings(index: Artifact, inputs: Mapping[str, str]) -> list[Appe
     Raises:
         DataError: If a file of the index is missing or damaged.
     """
-    changes = [name for name in index.names() if CHANGE.fullmatch(name)]
+    change = newest_change(index)
     own, root = {f"{step}/{key}" for step, key in inputs.items()}, index.uri.rsplit("/", 2)[0]
     appended = dict[Appended, None]()
-    for segment in index.read_json(changes[-1])["segments"] if changes else ():
+    segments = read_record(_Segments, change[1], f"{index.uri}/{change[0]}", index.mend()).segments if change else ()
+    for segment in segments:
         embedded = index.read_json(f"{segment}/segment.json")["embedded"]
         contents = embedded.get("contents") or [""] * len(embedded["sources"])  # an earlier release wrote none
         for source, content in zip(embedded["sources"], contents, strict=True):

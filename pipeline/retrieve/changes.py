@@ -1,7 +1,7 @@
 """Changes of a finished index: rows deleted and restored, segments added and put together.
 
 Each change writes new files and then a new version; the files of a version never change, so a reader keeps what it has
-opened. The files of the version before stay, for a reader that is opening it; older ones are removed.
+opened. The version before stays with its files, for a reader that is opening it; older ones are removed.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from pipeline.retrieve.embedded import EmbeddedShards, Ids
 from pipeline.retrieve.rows import Rows, write_array
 from pipeline.retrieve.segment import workspace_of
 from pipeline.retrieve.takedown import Takedown
-from pipeline.retrieve.versions import Version, describe_segment, read_version, read_versions
+from pipeline.retrieve.versions import Version, describe_segment, last_versions, read_version
 from pipeline.workspace.store import LIVE, Artifact, Workspace
 
 pc: Any = pyarrow.compute  # its functions are made when it is imported, and have no types
@@ -333,9 +333,8 @@ def _with_deleted(index: Artifact, version: Version, deleted: Ids) -> Version:
 
 
 def _new_name(index: Artifact) -> str:
-    """The folder of the next segment: a number that no version has used."""
-    used = [name for version in read_versions(index) for name in version.segments]
-    return f"segment_{1 + max(int(name[-5:]) for name in used):05d}"
+    """The folder of the next segment: a number that no version has used; the newest version has the largest of all."""
+    return f"segment_{1 + max(int(name[-5:]) for name in read_version(index).segments):05d}"
 
 
 def _clip_of(embed: Artifact, named: Artifact | None) -> Artifact:
@@ -387,14 +386,17 @@ def remove_earlier_versions(index: Artifact) -> None:
 
 
 def _remove_old_files(index: Artifact, *, num_kept: int = 2) -> None:
-    """Remove what neither the newest version nor the one before it names."""
-    versions = read_versions(index)[-num_kept:]
-    segments, others = {name for one in versions for name in one.segments}, {one.deleted for one in versions}
+    """Remove the versions before the newest and the one before it, what neither names, and what killed writers left."""
+    names = index.names()
+    versions = last_versions(index, names, num_kept)
+    segments = {name for one in versions for name in one.segments}
+    others = {name for one in versions for name in (one.file, one.deleted)}
     old = list[str]()
-    for name in index.names():
+    for name in names:
         segment = _SEGMENT.match(name)
         is_old = segment is not None and segment.group(0)[:-1] not in segments
-        is_unused = name.startswith("changes/deleted-") and name not in others
+        is_unused = name.startswith("changes/") and name not in others
         if is_old or is_unused or name.startswith(f"{LIVE}segment_"):
             old.append(name)
     index.remove_all(old)
+    index.clear_temporaries()

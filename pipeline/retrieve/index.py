@@ -15,7 +15,7 @@ from pipeline.data.rows import require_columns
 from pipeline.errors import DataError, StepError
 from pipeline.retrieve.embedded import Floats, Ids, content_now
 from pipeline.retrieve.segment import Modality, Segment, workspace_of
-from pipeline.retrieve.versions import Version, descriptions_of, read_version
+from pipeline.retrieve.versions import Version, descriptions_of, read_version, version_is_gone
 from pipeline.workspace.forgotten import require_whole_index
 from pipeline.workspace.hashing import sha256_of
 from pipeline.workspace.objects import Json
@@ -81,9 +81,7 @@ class NeighbourIndex:
                 raise
             if version_number is None:  # two changes since then have removed its files
                 return cls.open(index, is_verified=is_verified)
-            raise StepError(
-                f"{index.uri}: version {version.number} is gone: the index has version {newest.number} by now"
-            ) from None
+            raise version_is_gone(index, version.number, newest.number) from None
         _require_same_embeddings(index, segments)
         for segment in segments:
             require_columns(

@@ -1,16 +1,18 @@
 """The versions of an index: an immutable file for each, so that a reader sees one of them whole.
 
 ``index.json`` is version 0, which the step built. A change writes ``changes/<number>.json``, after the files that it
-names. The newest number is the index; the files of earlier versions stay until the next change but one removes them.
+names. The newest number is the index; an earlier version and its files, but ``index.json``, stay until the next change
+but one removes them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
-from pipeline.recipe.appended import CHANGE
+from pipeline.errors import StepError
+from pipeline.recipe.appended import CHANGE, newest_change
 from pipeline.retrieve.embedded import Ids
 from pipeline.workspace.manifest import read_record
 from pipeline.workspace.objects import Json
@@ -52,17 +54,36 @@ def read_version(index: Artifact, number: int | None = None) -> Version:
 
     Raises:
         DataError: If its file is missing or damaged.
+        StepError: If the version of this number is gone.
     """
-    return _read(index, _files(index)[-1] if number is None else Version(number, (), "").file)
+    if number is None:
+        name, content = newest_change(index) or (FIRST_VERSION, index.read_bytes(FIRST_VERSION))
+        return _parse(index, name, content)
+    name = Version(number, (), "").file
+    content = index.find_bytes(name)
+    if content is None and (newest := read_version(index)).number > number:
+        raise version_is_gone(index, number, newest.number)
+    return _read(index, name) if content is None else _parse(index, name, content)
 
 
-def read_versions(index: Artifact) -> list[Version]:
-    """All versions, the newest last.
+def version_is_gone(index: Artifact, number: int, newest: int) -> StepError:
+    """The error for a version whose files later changes have removed."""
+    return StepError(f"{index.uri}: version {number} is gone: the index has version {newest} by now")
+
+
+def last_versions(index: Artifact, names: Sequence[str], count: int) -> list[Version]:
+    """The last versions, the newest last.
+
+    Args:
+        index: The index.
+        names: Of its files, sorted; only these versions are read, however many changes there were.
+        count: How many, at most.
 
     Raises:
         DataError: If a file is missing or damaged.
     """
-    return [_read(index, name) for name in _files(index)]
+    changes = [name for name in names if CHANGE.fullmatch(name)]
+    return [_read(index, name) for name in [FIRST_VERSION, *changes][-count:]]
 
 
 def describe_segment(index: Artifact, segment: str, descriptions: Mapping[str, Json]) -> None:
@@ -89,9 +110,9 @@ def descriptions_of(index: Artifact, version: Version) -> dict[str, Json]:
     return descriptions | ({version.deleted: version.deleted_described} if version.deleted_described else {})
 
 
-def _files(index: Artifact) -> list[str]:
-    return [FIRST_VERSION, *(name for name in index.names() if CHANGE.fullmatch(name))]
-
-
 def _read(index: Artifact, name: str) -> Version:
-    return read_record(Version, index.read_bytes(name), f"{index.uri}/{name}", index.mend())
+    return _parse(index, name, index.read_bytes(name))
+
+
+def _parse(index: Artifact, name: str, content: bytes) -> Version:
+    return read_record(Version, content, f"{index.uri}/{name}", index.mend())
