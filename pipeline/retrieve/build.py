@@ -386,7 +386,7 @@ def _metrics(
         metrics[f"{modality}_kind"] = kind
         metrics[f"{modality}_latency_ms"] = best.latency_ms
         metrics[f"{modality}_memory_bytes"] = embedded.num_rows * kinds.row_bytes(kind, embedded.embed_dim)
-        for effort in best.efforts:
+        for effort in best.efforts if best.curve else ():  # else nothing was measured
             metrics[f"{modality}_recall_at_{effort.k}"] = round(effort.recall, 4)
         metrics[f"{modality}_tried"] = {name: tuned.to_json() for name, tuned in tried[modality].items()}
     metrics["reaches_recall_target"] = all(

@@ -317,4 +317,6 @@ _NEIGHBOUR_COLUMNS = ("uid", "url", "caption", "key", "shard")
 def _search_segment(segment: Segment, queries: Floats, k: int, modality: Modality) -> tuple[Floats, Ids]:
     """The scores and the ids (Q, k) of the nearest rows of one segment; -inf and -1 where there are none."""
     scores, positions = segment.search(queries, k, modality)
+    if not len(segment.rows):
+        return scores, positions
     return scores, np.where(positions < 0, -1, segment.rows.ids[positions])

@@ -65,7 +65,8 @@ class Rows:
         self.shards = shards
         self._batch = functools.lru_cache(_CACHED_BATCHES)(reader.get_batch)
         self._batch_columns = functools.lru_cache(_CACHED_BATCHES)(self._read_batch_columns)
-        self.column_names = tuple(str(name) for name in reader.schema.names)
+        self._schema: Any = reader.schema
+        self.column_names = tuple(str(name) for name in self._schema.names)
         self._vectors = StoredVectors(
             RowGroups(groups[:, 0].copy(), groups[:, 1].copy(), groups[:, 2:].copy()),
             shards.path,
@@ -86,6 +87,8 @@ class Rows:
 
     def positions_of_places(self, places: Ids) -> Ids:
         """The position of each row of the embeddings, -1 if the segment leaves it out."""
+        if not len(self):
+            return np.full(len(places), -1, np.int64)
         ranks = np.minimum(np.searchsorted(self._places, places), len(self) - 1)
         return np.where(self._places[ranks] == places, ranks, -1)
 
@@ -109,7 +112,7 @@ class Rows:
         """
         chosen = [name for name in self.column_names if names is None or name in names]
         if not len(positions):
-            return pa.Table.from_batches([self._batch(0).slice(0, 0)]).select(chosen)
+            return self._schema.empty_table().select(chosen)
         order = np.argsort(positions, kind="stable")
         batches, offsets = np.divmod(positions[order], BATCH_ROWS)
         numbers, starts = np.unique(batches, return_index=True)

@@ -46,9 +46,12 @@ class Truth:
     """By modality: their rows."""
 
     def measured_k(self, modality: Modality) -> list[int]:
-        """The K of ``MEASURED_K`` that the segment has rows for; one smaller K if it has fewer than the first."""
+        """The K of ``MEASURED_K`` that the segment has rows for; one smaller K if it has fewer than the first.
+
+        None if a query has no other row at all: there is nothing to measure.
+        """
         num_others = int(np.isfinite(self.scores[modality]).sum(axis=1).min())
-        return [k for k in MEASURED_K if k <= num_others] or [max(1, num_others)]
+        return [k for k in MEASURED_K if k <= num_others] or ([num_others] if num_others else [])
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,9 @@ class Tuned:
     kind: kinds.Kind
     efforts: tuple[Effort, ...]
     curve: tuple[dict[str, Any], ...]
-    """Recall for each K, effort and number of candidates that was tried."""
+    """Recall for each K, effort and number of candidates that was tried; empty if there was nothing to measure."""
     latency_ms: float
-    """Median time of one search for the first K, one query at a time, in ms."""
+    """Median time of one search for the first K, one query at a time, in ms; 0 if there was nothing to measure."""
     reaches_target: bool
     """Whether it reaches the target at every K, on the queries of the tuning; false if it was given up."""
 
@@ -85,7 +88,8 @@ def tune(
 ) -> Tuned:
     """Find the smallest effort at each K whose recall is above the target with 95 % confidence, else the largest.
 
-    A kind that is slower than another that reaches the target is given up after the first K.
+    A kind that is slower than another that reaches the target is given up after the first K. Of a segment without
+    other rows than a query's own nothing is measured: its search compares what there is.
 
     Args:
         searcher: The index.
@@ -97,7 +101,11 @@ def tune(
     """
     measurement, efforts, smallest, reaches_all = _Measurement(searcher, rows, truth, modality), list[Effort](), 1, True
     latency_ms = 0.0
-    for k in truth.measured_k(modality):
+    measured = truth.measured_k(modality)
+    if not measured:
+        most = kinds.candidates(searcher.kind, 1)[-1]
+        return Tuned(searcher.kind, (Effort(1, max(1, searcher.max_effort), most, 1.0, 1.0, 0.0),), (), 0.0, True)
+    for k in measured:
         halves = [np.arange(len(truth.queries))[half::2][: _MAX_QUERIES.get(k)] for half in (0, 1)]
         halves = [half if len(half) else halves[0] for half in halves]
         effort, candidates, tuned = _search_effort(measurement, k, halves[0], smallest, target)
