@@ -33,9 +33,10 @@ from pipeline.data.rows import embeddings_schema, make_uid
 from pipeline.data.vectors import ROW_GROUP_ROWS, WRITER_OPTIONS, to_arrow
 from pipeline.recipe.sections import IndexConfig
 from pipeline.retrieve import NeighbourIndex, kinds
-from pipeline.retrieve.build import BASE_SEGMENT, build_index
+from pipeline.retrieve.build import build_index
 from pipeline.retrieve.efforts import Effort, effort_for
 from pipeline.retrieve.segment import open_searcher
+from pipeline.retrieve.versions import BASE_SEGMENT
 from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.store import Artifact, Workspace
 

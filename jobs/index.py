@@ -188,6 +188,10 @@ def _embeddings_of(recipe: Recipe) -> Artifact:
 
 
 def _print_summary(summary: "IndexSummary", *, json: bool) -> None:
+    from pipeline.retrieve.recall import missed_target
+
+    if missed := missed_target(summary.metrics):
+        print_warning(f"index: {missed}")
     if json:
         print_json({"counts": summary.counts, "metrics": summary.metrics})
         return

@@ -31,6 +31,7 @@ from pipeline.report.tables import (
     rows_of,
     tiles_of,
 )
+from pipeline.retrieve.recall import lowest_recall, missed_target
 from pipeline.workspace.disk import translate_os_errors
 from pipeline.workspace.manifest import content_of
 from pipeline.workspace.progress import byte_size, duration
@@ -112,7 +113,7 @@ def _results_mark(workspace: Workspace, done: Done, step_names: list[str], recip
     ablation = sections.newest_ablation(workspace, done, recipe)
     manifests = [*(finished.manifest for finished in done.values()), *([ablation.manifest] if ablation else [])]
     results = [(one.key, one.created, one.counts, one.metrics, content_of(one)) for one in manifests]
-    shown = [recipe.name, recipe_file, step_names, results, sections.recipe_changes(recipe)]
+    shown = [recipe.name, recipe_file, step_names, results, sections.index_of(done), sections.recipe_changes(recipe)]
     return hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:16]
 
 
@@ -366,14 +367,20 @@ def _ablation_view(result: Json | None) -> Json | None:
 def _index_view(index: Json | None) -> Json | None:
     if index is None:
         return None
-    recalls = [index[name]["recall_at_10"] for name in ("image", "text") if name in index]
-    if not recalls:
-        return None
+    segments: list[Json] = index["segments"]
+    num_rows = sum(segment["num_rows"] for segment in segments)
+    kinds = " and ".join(sorted({segment[f"{side}_kind"] for segment in segments for side in ("image", "text")}))
+    rows = f"{num_rows:,} rows" + (", those deleted since included" if index["has_deleted"] else "")
+    of_each = f" of {len(segments)} segments" if len(segments) > 1 else ""
+    missed = [f"{sentence[0].upper()}{sentence[1:]}." for sentence in map(missed_target, segments) if sentence]
+    lowest = lowest_recall(segments)
+    if lowest is None:
+        return {"value": f"{num_rows:,}", "label": "rows", "note": f"{kinds} index, too few rows to measure recall."}
+    measured = f"measured against exact search by picture and by caption{of_each}; the lowest of these."
     return {
-        "value": f"{100 * min(recalls):.1f} %",
-        "label": "recall at 10",
-        "note": f"{index['kind']} index of {index.get('num_rows', 0):,} rows, measured against exact search by picture "
-        "and by caption; the lower of the two.",
+        "value": f"{100 * lowest[0]:.1f} %",
+        "label": f"recall at {lowest[1]}",
+        "note": " ".join([f"{kinds} index of {rows}, {measured}", *missed]),
     }
 
 

@@ -22,6 +22,8 @@ from pipeline.recipe.recipe import Recipe, default_tables
 from pipeline.recipe.steps import STEP_ROWS
 from pipeline.recipe.tables import flatten, to_dict
 from pipeline.report.charts import Curve, line_chart
+from pipeline.retrieve.recall import metrics_of
+from pipeline.retrieve.versions import FIRST_VERSION, read_version
 from pipeline.workspace.manifest import Manifest
 from pipeline.workspace.progress import METRICS
 from pipeline.workspace.store import Artifact, Workspace
@@ -244,10 +246,12 @@ def _odd_pictures(metrics: Json) -> list[str]:
 
 
 def index_of(done: Done) -> Json | None:
-    """Kind of the index, its rows, and recall for pictures and captions."""
-    if "index" not in done or not done["index"].artifact.exists("index.json"):
+    """What was measured of each segment of the newest version of the index, and whether rows were deleted."""
+    if "index" not in done or not done["index"].artifact.exists(FIRST_VERSION):
         return None
-    return done["index"].artifact.read_json("index.json")
+    artifact, metrics = done["index"].artifact, done["index"].manifest.metrics
+    version = read_version(artifact)
+    return {"has_deleted": bool(version.deleted), "segments": metrics_of(artifact, version, metrics)}
 
 
 def times_of(done: Done) -> Json | None:

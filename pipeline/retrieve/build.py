@@ -36,12 +36,11 @@ from pipeline.retrieve.segment import (
 )
 from pipeline.retrieve.takedown import Takedown
 from pipeline.retrieve.tune import Truth, Tuned, fastest, tune
-from pipeline.retrieve.versions import Version
+from pipeline.retrieve.versions import BASE_SEGMENT, Version
 from pipeline.workspace.hashing import HashedFile
 from pipeline.workspace.manifest import ShardRecord, add_counts
 from pipeline.workspace.store import LIVE, Artifact
 
-BASE_SEGMENT = "segment_00000"
 _ROWS_AT_ONCE = 65_536
 
 

@@ -18,6 +18,7 @@ from pipeline.data.rows import row_id
 from pipeline.errors import ConfigError, DataError
 from pipeline.retrieve.build import IndexSummary, SegmentBuild
 from pipeline.retrieve.embedded import EmbeddedShards, Ids
+from pipeline.retrieve.recall import write_metrics
 from pipeline.retrieve.rows import Rows, write_array
 from pipeline.retrieve.segment import workspace_of
 from pipeline.retrieve.takedown import Takedown
@@ -272,6 +273,7 @@ def publish_segment(build: SegmentBuild, summary: IndexSummary, *, replaces: boo
     if replaces:
         new = _with_deleted(build.output, new, _only_deleted_here(build, version))
         new = replace(new, segments=(build.segment,))
+    write_metrics(build.output, build.segment, summary.metrics)
     describe_segment(build.output, build.segment, summary.files)
     check()
     new.write(build.output)

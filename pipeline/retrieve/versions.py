@@ -19,6 +19,8 @@ from pipeline.workspace.objects import Json
 from pipeline.workspace.store import Artifact
 
 FIRST_VERSION = "index.json"
+BASE_SEGMENT = "segment_00000"
+"""The segment that the step built."""
 _DESCRIPTIONS = "files.json"
 
 

@@ -59,3 +59,5 @@ class StepResult:
     """Workers at a time, for node seconds; those of a training, which may change, are counted by its progress."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     """Size and SHA-256 of files, known where they were written; the others are read for the manifest."""
+    warnings: tuple[str, ...] = ()
+    """What the user of a run should know when the step is done; a sentence each."""

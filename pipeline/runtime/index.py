@@ -13,10 +13,11 @@ from pipeline.data.selection import embeddings_of
 from pipeline.errors import StepError
 from pipeline.recipe.plan import Step, artifact_of, make_plan
 from pipeline.recipe.recipe import Recipe
-from pipeline.retrieve.build import BASE_SEGMENT, IndexSummary, SegmentBuild
+from pipeline.retrieve.build import IndexSummary, SegmentBuild
 from pipeline.retrieve.changes import Check, publish_segment, segment_of_all, segment_of_more
 from pipeline.retrieve.kinds import has_gpu
-from pipeline.retrieve.versions import Version
+from pipeline.retrieve.recall import missed_target
+from pipeline.retrieve.versions import BASE_SEGMENT, Version
 from pipeline.runtime.calls import call_again
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.placement import cluster_has_roles, worker_options
@@ -35,7 +36,9 @@ def run_index(context: StepContext) -> StepResult:
     """
     summary = _build(context, _segment_build(context, (embeddings_of(context.inputs),)))
     Version(0, (BASE_SEGMENT,), "").write(context.output)
-    return StepResult(summary.counts, summary.metrics, summary.num_workers, summary.files)
+    missed = missed_target(summary.metrics)
+    warnings = (f"index: {missed}",) if missed else ()
+    return StepResult(summary.counts, summary.metrics, summary.num_workers, summary.files, warnings)
 
 
 def append(recipe: Recipe, step: Step, embed: Artifact, check: Check, more: Recipe | None = None) -> IndexSummary:

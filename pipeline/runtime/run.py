@@ -30,6 +30,7 @@ from pipeline.runtime.tracking.run import Tracking, send_waiting
 from pipeline.runtime.worker_logs import note_run
 from pipeline.workspace.forgotten import Pending
 from pipeline.workspace.lock import Lock, locked_workspace
+from pipeline.workspace.manifest import Manifest
 from pipeline.workspace.outage import warnings_to
 from pipeline.workspace.progress import ERROR, ProgressState, read_progress
 from pipeline.workspace.store import INPUTS, MANIFEST, Workspace
@@ -162,12 +163,12 @@ def _run_steps(
                 lock.check()
                 context = running.pop(reference)
                 try:
-                    manifest = commit_step(context, result_of(reference, context, late), tracking)
+                    result = result_of(reference, context, late)
+                    manifest = commit_step(context, result, tracking)
                 except UnclipError as error:
                     steps.fail(machines.explain(error), context)  # one that has just come may be why
                 else:
-                    steps.done.add(context.step.name)
-                    observer.finished(context.step, manifest)
+                    steps.finish(context.step, manifest, result.warnings)
     except BaseException as error:  # also Ctrl-C: no step continues without its driver
         if isinstance(error, KeyboardInterrupt):
             _end_trainings(running, observer, tracking, lock)
@@ -205,6 +206,13 @@ class _Steps:
         else:
             self.running[reference] = context
             self.observer.started(context.step)
+
+    def finish(self, step: Step, manifest: Manifest, warnings: Sequence[str]) -> None:
+        """Note that a step is committed, and tell what its result says."""
+        self.done.add(step.name)
+        self.observer.finished(step, manifest)
+        for warning in warnings:
+            self.observer.warned(warning)
 
     def fail(self, error: UnclipError, context: StepContext) -> None:
         """Note that a step failed, and with it all that is made from it; the others go on."""

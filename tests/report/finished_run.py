@@ -13,10 +13,13 @@ from pipeline.pictures.png import to_png
 from pipeline.recipe.plan import Step, artifact_of, make_plan, manifest_of
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.recipe.steps import STEP_ROWS
+from pipeline.retrieve.build import build_index
 from pipeline.shapes.captions import canonical_caption
 from pipeline.shapes.draw import draw
 from pipeline.shapes.scene import Scene, evaluation_scenes
-from pipeline.workspace.store import Artifact, Workspace
+from pipeline.workspace.store import MANIFEST, Artifact, Workspace
+from tests.retrieve.conftest import unit
+from tests.tiny.shards import make_embeddings
 
 SECONDS = {
     "pairs": 2.1,
@@ -32,6 +35,7 @@ SECONDS = {
     "upsampler_2": 96.0,
     "evaluate": 102.0,
 }
+NUM_EMBEDDED = 60
 _CREATED = 1_760_000_000.0
 
 
@@ -65,10 +69,17 @@ _DOWNLOAD_METRICS = {
 }
 
 
-def commit(artifact: Artifact, step: Step, *, end_s: float, counts: dict[str, int] | None = None) -> None:
+def commit(
+    artifact: Artifact,
+    step: Step,
+    *,
+    end_s: float,
+    counts: dict[str, int] | None = None,
+    metrics: dict[str, Any] | None = None,
+) -> None:
     manifest = manifest_of(step, artifact, counts, wall_s=SECONDS[step.name])
     versions = {"unclip": "0.1.0", "torch": "2.13.0"}
-    metrics: dict[str, Any] = {"num_parameters": 1_800_000} if STEP_ROWS[step.name].trains else {}
+    metrics = metrics or ({"num_parameters": 1_800_000} if STEP_ROWS[step.name].trains else {})
     metrics |= _DOWNLOAD_METRICS if step.name == "download" else {}
     artifact.commit(dataclasses.replace(manifest, created=_CREATED + end_s, versions=versions, metrics=metrics))
 
@@ -233,21 +244,23 @@ def _write_losses(artifact: Artifact, step: Step, num_steps: int) -> None:
 
 def fill_workspace(recipe: Recipe, *, until: str = "evaluate", num_shown: int = 4) -> list[Step]:
     """Commit every step up to ``until``; returns the whole plan."""
-    workspace, end_s = Workspace(recipe.workspace), 0.0
+    workspace, end_s, plan = Workspace(recipe.workspace), 0.0, {step.name: step for step in make_plan(recipe)}
     for step in make_plan(recipe, until=until):
-        artifact, counts = artifact_of(workspace, step), None
+        artifact, counts, metrics = artifact_of(workspace, step), None, None
         end_s += SECONDS[step.name]
         if step.name in recipe.trained():
             _write_losses(artifact, step, recipe.trained()[step.name].train.num_steps)
         if step.name == "download":
             counts = {"in": 8012, "ok": 8000, "failed_to_download": 9, "failed_to_resize": 3}
             artifact.write_bytes("00000.tar", b"x" * 5_000_000)
+        if step.name == "embed" and not artifact.exists(MANIFEST):
+            vectors = unit(np.random.default_rng(0).normal(size=(NUM_EMBEDDED, 8)))
+            make_embeddings(artifact, vectors, vectors, rows_per_shard=NUM_EMBEDDED)
         if step.name == "index":
-            artifact.write_json(
-                "index.json",
-                {"kind": "flat", "num_rows": 8000, "image": {"recall_at_10": 1.0}, "text": {"recall_at_10": 0.998}},
-            )
+            before = artifact.manifest()
+            embed = artifact_of(workspace, plan["embed"])
+            metrics = before.metrics if before else build_index(embed, artifact, recipe.index, seed=0).metrics
         if step.name == "evaluate":
             fill_evaluate(artifact, num_shown)
-        commit(artifact, step, end_s=end_s, counts=counts)
+        commit(artifact, step, end_s=end_s, counts=counts, metrics=metrics)
     return make_plan(recipe)

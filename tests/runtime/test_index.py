@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,8 +15,11 @@ from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.retrieve import NeighbourIndex
 from pipeline.retrieve.build import build_index
 from pipeline.retrieve.changes import delete
+from pipeline.retrieve.recall import metrics_of
+from pipeline.retrieve.versions import read_version
 from pipeline.runtime import index as runtime_index
 from pipeline.runtime.context import StepContext
+from pipeline.runtime.run import _Steps
 from pipeline.workspace.forgotten import Pending
 from pipeline.workspace.manifest import Manifest
 from pipeline.workspace.store import Artifact, Workspace
@@ -142,3 +145,40 @@ def test_a_gpu_that_faiss_does_not_see_is_one_message(tmp_path: Path, monkeypatc
     assert build.on_gpu
     with pytest.raises(StepError, match="this FAISS sees no GPU"):
         runtime_index._require_gpu(build)
+
+
+def test_an_index_that_misses_its_recall_target_says_so_when_it_is_built_and_changed(tmp_path: Path) -> None:
+    vectors = unit(np.random.default_rng(0).normal(size=(12_000, 4)))
+    changes = {"kind": "ivf_rabitq", "num_recall_queries": 20, "recall_target": 1.0}
+    recipe, context = _context(tmp_path / "workspace", **changes)
+    _embed(context.inputs["embed"], vectors[:6000])
+    result = runtime_index.run_index(context)
+    [warning] = result.warnings
+    assert "index: the recall target of 1 is not reached, or not surely (measured: " in warning
+    assert not result.metrics["reaches_recall_target"]
+    context.output.commit(dataclasses.replace(manifest_of(context.step, context.output), metrics=result.metrics))
+    path = tmp_path / "recipe.toml"
+    path.write_bytes(tomli_w.dumps(tiny_tables(tmp_path / "workspace", index=_INDEX | changes)).encode())
+    more = _embed(Workspace(recipe.workspace).artifact("embed", "more"), vectors[6000:], first=6000)
+    for words, num_ok in ((("append", str(path), more.uri), 6000), (("compact", str(path)), 12_000)):
+        done = unclip_here(*words)
+        assert (done.returncode, f"{num_ok} of {num_ok} pairs" in done.stdout) == (0, True)
+        assert "warning: index: the recall target of 1 is not reached" in done.stderr
+    [metrics] = metrics_of(context.output, read_version(context.output), result.metrics)
+    assert (metrics["num_rows"], metrics["reaches_recall_target"]) == (12_000, False)
+
+
+def test_a_run_tells_what_the_result_of_a_step_says(tmp_path: Path) -> None:
+    _, context = _context(tmp_path)
+    events = list[str]()
+
+    class _Observer:
+        def __getattr__(self, name: str) -> Any:
+            return lambda *arguments: events.append(f"{name} {arguments[0]}")
+
+    steps = _Steps([], set(), cast("Any", _Observer()), cast("Any", None))
+    manifest = manifest_of(context.step, context.output)
+    steps.finish(context.step, manifest, ["index: too few"])
+    assert steps.done == {"index"}
+    assert [event.split()[0] for event in events] == ["finished", "warned"]
+    assert events[-1] == "warned index: too few"
