@@ -208,7 +208,7 @@ class Downloader:
             self._num_done += len(numbers)
 
         tasks = [asyncio.create_task(work(request, numbers)) for request, numbers in same.items()]
-        if on_progress is not None:
+        if tasks and on_progress is not None:
             tasks.append(asyncio.create_task(_report(results, causes, tasks[:], on_progress)))
         try:
             await asyncio.gather(*tasks)

@@ -11,7 +11,6 @@ from typing import Any
 from pipeline.data.causes import is_in_class
 from pipeline.data.retries import adopt, end_retry, staged_in, waiting_retries
 from pipeline.data.splits import Split
-from pipeline.recipe.sections import DownloadConfig
 from pipeline.runtime.context import StepContext, StepResult
 from pipeline.runtime.download_watch import TOO_FEW, DownloadWatch, remove_bad_shards
 from pipeline.runtime.download_workers import DownloadWorker, RetryWorker, read_split, write_split
@@ -128,7 +127,7 @@ def _job(context: StepContext, worker: type[ShardWorker], shards: list[str], num
             watch.require_success(config, is_last=watch.num_records == len(shards))
 
     def split_lost(shard: str, losses: int) -> bool:
-        return _split(made_in, config, shard, losses)
+        return _split(context, made_in, shard, losses)
 
     return ShardJob(
         worker,
@@ -145,15 +144,20 @@ def _job(context: StepContext, worker: type[ShardWorker], shards: list[str], num
     )
 
 
-def _split(output: Artifact, config: DownloadConfig, shard: str, losses: int) -> bool:
+def _split(context: StepContext, output: Artifact, shard: str, losses: int) -> bool:
     """From its second loss on, halve what a lost worker was making; returns whether the shard is tried again."""
+    from pipeline.data.pairs import Pairs
+    from pipeline.data.shard_rows import ShardSpan
+
+    config = context.recipe.download
     if losses > _MOST_LOSSES or not config.resources.max_retries:
         return False
     if losses == 1:
         return True
     split = read_split(output, shard)
     if split is None:
-        split = Split([(0, config.samples_per_shard)])
+        span = ShardSpan.of(shard, Pairs(context.inputs["pairs"]).list_rows, config.samples_per_shard)
+        split = Split([(0, span.stop - span.start)])
     else:
         split.lose()
     write_split(output, shard, split)

@@ -21,10 +21,10 @@ from tests.data.hostile import HostileServer
 def test_parts_of_a_shard_are_joined_if_no_row_took_workers_down(server: PictureServer, tmp_path: Path) -> None:
     rows = make_rows(server.url, ["jpg/0", "gone/1", "jpg/2", "jpg/3"])
     whole, _ = download_rows(rows, tmp_path / "whole")
-    joined, parts = files_in(tmp_path / "joined"), [files_in(tmp_path / name) for name in ("first", "second")]
+    joined, parts = files_in(tmp_path / "joined"), [files_in(tmp_path / name) for name in ("first", "second", "empty")]
     with Downloader(CONFIG, NEAR) as downloader:
-        for start, part in zip((0, 2), parts, strict=True):
-            downloader.download(rows.slice(start, 2), "00003", part, first=start)
+        for start, part in zip((0, 2, 4), parts, strict=True):
+            downloader.download(rows.slice(start, 2), "00003", part, lambda *_: None, first=start)
     counts = join_shard(rows, "00003", parts, [], joined, CONFIG)
     assert counts == {"in": 4, "ok": 3, "failed_to_download": 1, "failed_to_resize": 0}
     assert [file.read_bytes() for file in joined[:2]] == [file.read_bytes() for file in whole[:2]]

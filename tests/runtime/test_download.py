@@ -40,16 +40,16 @@ def test_a_row_that_takes_workers_down_is_found_and_labelled(
     hostile: HostileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(download, "DownloadWorker", _Fragile)
-    urls = [f"{hostile.url}/ok?seed={i}" for i in range(7)]
+    urls = [f"{hostile.url}/ok?seed={i}" for i in range(6)]
     urls[4] = f"{hostile.url}/ok?killer"
-    context = context_of(tables_of(tmp_path, urls, samples_per_shard=4))
+    context = context_of(tables_of(tmp_path, urls, samples_per_shard=4))  # of the second shard half is empty
     result = run_download(context)
-    assert result.counts == {"in": 7, "ok": 6, "failed_to_download": 0, "failed_to_resize": 1}
+    assert result.counts == {"in": 6, "ok": 5, "failed_to_download": 0, "failed_to_resize": 1}
     assert result.metrics["failures"] == {"killer": 1}
     assert messages_of(context.output) == [None] * 4
-    assert messages_of(context.output, "00001") == ["killer: its worker was lost twice", None, None]
+    assert messages_of(context.output, "00001") == ["killer: its worker was lost twice", None]
     with tarfile.open(context.output.path("00001.tar")) as tar:
-        assert [name for name in tar.getnames() if name.endswith("jpg")] == ["000011.jpg", "000012.jpg"]
+        assert [name for name in tar.getnames() if name.endswith("jpg")] == ["000011.jpg"]
     split = context.output.find_json(_split_name("00001"))
     assert split is None  # else a shard that is made again would be joined from its old parts
 

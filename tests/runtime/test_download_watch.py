@@ -8,9 +8,14 @@ from typing import Any
 
 import pytest
 
+from pipeline.recipe.plan import make_plan
+from pipeline.recipe.recipe import parse_recipe
 from pipeline.recipe.sections import DownloadConfig
-from pipeline.runtime import download_watch
+from pipeline.runtime import download, download_watch
+from pipeline.runtime.context import StepContext
 from pipeline.runtime.download_watch import TOO_FEW, DownloadWatch, progress_name, remove_bad_shards
+from pipeline.runtime.download_workers import read_split
+from pipeline.runtime.pairs import run_pairs
 from pipeline.runtime.pool import ShardReading
 from pipeline.workspace.manifest import ShardRecord
 from pipeline.workspace.store import Artifact
@@ -85,3 +90,22 @@ def test_shards_are_looked_at_together_and_a_long_look_makes_a_long_pause(
     now += 1.0
     assert watch.read(shards) == readings
     assert len(looks) == 3
+
+
+def test_a_shard_that_took_workers_down_is_halved_by_its_own_rows(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("".join(f"http://a.example/{row}.jpg\n" for row in range(13)))
+    recipe = parse_recipe(
+        {
+            "workspace": str(tmp_path / "workspace"),
+            "pairs": {"source": "list", "path": str(tmp_path / "list.txt")},
+            "download": {"samples_per_shard": 10},
+        }
+    )
+    contexts = {step.name: StepContext(recipe, step, recipe.workspace) for step in make_plan(recipe, until="download")}
+    run_pairs(contexts["pairs"])
+    context = contexts["download"]
+    for shard, num_rows in {"00000": 10, "00001": 3}.items():
+        assert download._split(context, context.output, shard, 2)
+        split = read_split(context.output, shard)
+        assert split is not None
+        assert split.begin() == (0, num_rows)
