@@ -13,6 +13,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.data.arrays import write_values
+
 RUN_ROWS = 1_000_000
 """Rows of a run: 24 MB."""
 GROUP_ROWS = 1_000_000
@@ -75,8 +77,8 @@ class RunWriter:
         """Write the last run and the bounds of all."""
         self._flush()
         for bounds in self._bounds:
-            bounds.astype(_BOUND).tofile(self._stream)
-        np.array([len(self._bounds)], dtype=_BOUND).tofile(self._stream)
+            write_values(self._stream, bounds.astype(_BOUND))
+        write_values(self._stream, np.array([len(self._bounds)], dtype=_BOUND))
 
     def _flush(self) -> None:
         if not self._uids:
@@ -87,7 +89,7 @@ class RunWriter:
         entries["position"] = np.concatenate(self._positions)
         high = halves[:, 0].astype(np.uint64)
         order = np.argsort(high, kind="stable")
-        entries[order].tofile(self._stream)
+        write_values(self._stream, entries[order])
         first_bits = np.arange(_NUM_BUCKETS, dtype=np.uint64) << np.uint64(64 - _BUCKET_BITS)
         self._bounds.append(self._num_written + np.append(np.searchsorted(high[order], first_bits), len(halves)))
         self._num_written += len(halves)

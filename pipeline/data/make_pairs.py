@@ -28,6 +28,7 @@ import pyarrow as pa
 import pyarrow.compute
 import pyarrow.parquet as pq
 
+from pipeline.data.arrays import save_array
 from pipeline.data.blank import blank_rows, num_blank
 from pipeline.data.captions import MOST_CAPTIONS, count_long
 from pipeline.data.duplicates import (
@@ -242,8 +243,8 @@ class PairsMaker:
     def _compare(self, name: str) -> dict[str, int]:
         first, end = name.removeprefix(COMPARE).split("-")
         repeats = repeated_positions(self._runs, (int(first), int(end)))
-        with self._output.write(f"{name}.npy") as path, path.open("wb") as stream:
-            np.save(stream, repeats)
+        with self._output.write(f"{name}.npy") as path:
+            save_array(path, repeats)
         num_rows = count_rows(self._runs, (int(first), int(end)))
         return {"in": num_rows, "ok": num_rows - len(repeats), "duplicate": len(repeats)}
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipeline.data.arrays import save_array
 from pipeline.data.blank import are_forgotten
 from pipeline.data.lists import explain_damage
 from pipeline.data.rows import embeddings_schema, make_uid, numbered_names, split_of
@@ -70,8 +71,8 @@ def export_embeddings(embed: Artifact, folder: Path) -> int:
     for number, shard in enumerate(shards):
         part, vectors = f"{number:0{width}d}", read_vectors(embed.path(f"{shard}.parquet"))
         for kind, values in (("img", vectors.z_image), ("text", vectors.z_text)):
-            with out.write(f"{kind}_emb/{kind}_emb_{part}.npy") as path, path.open("wb") as stream:
-                np.save(stream, values)
+            with out.write(f"{kind}_emb/{kind}_emb_{part}.npy") as path:
+                save_array(path, values)
         table = vectors.table.append_column("image_path", vectors.table.column("key"))
         with out.write(f"metadata/metadata_{part}.parquet") as path:
             pq.write_table(table, path)

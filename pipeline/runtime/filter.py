@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 import pyarrow as pa
 
+from pipeline.data.arrays import save_array
 from pipeline.data.selection import label_file
 from pipeline.errors import StepError
 from pipeline.filter.duplicates import Part, find_duplicates, search_parts
@@ -261,8 +262,8 @@ class LeftOutWorker(PassWorker):
         """Find them all."""
         start, output = time.monotonic(), self.part(LEFT_OUT)
         is_out = find_left_out(self.part(RESULTS), self._parts, self._starts)
-        with output.write(f"{shard}.npy") as path, path.open("wb") as file:
-            np.save(file, is_out)
+        with output.write(f"{shard}.npy") as path:
+            save_array(path, is_out)
         return commit_shard(output, shard, ONE_PART, [], start)
 
 

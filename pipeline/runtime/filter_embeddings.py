@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipeline.data.arrays import save_array
 from pipeline.data.selection import label_file
 from pipeline.data.shard_tables import read_names, read_schema, read_table
 from pipeline.filter.gathered import Bundle, plan_bundles
@@ -146,8 +147,8 @@ class CentroidWorker(_EmbeddingWorker):
         shards = [name for name, count in num_rows.items() if count]
         seed = self.context.recipe.seed
         centroids = train_centroids(self._embed, measures, shards, sum(num_rows.values()), seed)
-        with output.write(f"{shard}.npy") as path, path.open("wb") as file:
-            np.save(file, centroids)
+        with output.write(f"{shard}.npy") as path:
+            save_array(path, centroids)
         return commit_shard(output, shard, ONE_PART, [], start)
 
 

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import torch
 
 from pipeline.clip.model import describe_clip
+from pipeline.data.arrays import save_array
 from pipeline.data.decoders import Measures
 from pipeline.data.download import Downloader, address_rules
 from pipeline.data.drawn import EVALUATION, write_evaluation
@@ -390,7 +391,7 @@ def _first_rows(part: NpyPart, most: int, folder: Path) -> NpyPart:
     paths = {kind: folder / f"{kind}-{most}.{'parquet' if kind == 'metadata' else 'npy'}" for kind in _KINDS}
     pq.write_table(table, paths["metadata"])
     for source, kind in ((part.img, "img"), (part.text, "text")):
-        np.save(paths[kind], np.load(source, mmap_mode="r")[: table.num_rows])
+        save_array(paths[kind], np.load(source, mmap_mode="r")[: table.num_rows])
     return replace(part, num_rows=table.num_rows, **paths)
 
 

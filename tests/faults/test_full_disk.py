@@ -1,6 +1,5 @@
 """A whole run on a disk that is full again and again."""
 
-import subprocess
 from collections.abc import Generator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from pipeline.recipe.recipe import load_recipe
 from pipeline.workspace.store import Workspace
 from tests.ports import free_port
 from tests.ray_head import ray_head
+from tests.small_disk import SmallDisk, small_disk
 from tests.tiny.command import ROOT, unclip
 from tests.tiny.recipe import write_recipe
 
@@ -20,26 +20,10 @@ _TIMED = (".done.json", "_stats.json", "metrics.jsonl", "segment.json", "index.j
 """Ends of the names of files that hold times."""
 
 
-class _Disk:
-    """A small file system in memory."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        folder.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", str(folder)], check=True)
-
-    def grow(self, size_kb: int) -> None:
-        subprocess.run(["mount", "-o", f"remount,size={size_kb}k", str(self.folder)], check=True)
-
-
 @pytest.fixture(name="disk")
-def _disk(tmp_path: Path) -> Generator[_Disk]:
-    try:
-        disk = _Disk(tmp_path / "disk")
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("this user can mount no file system")
-    yield disk
-    subprocess.run(["umount", "--lazy", str(disk.folder)], check=True)
+def _disk(tmp_path: Path) -> Generator[SmallDisk]:
+    with small_disk(tmp_path / "disk") as disk:
+        yield disk
 
 
 def _checksums(recipe: Path, workspace: Path) -> dict[str, dict[str, str]]:
@@ -57,7 +41,7 @@ def _checksums(recipe: Path, workspace: Path) -> dict[str, dict[str, str]]:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_run_goes_on_from_a_full_disk_wherever_it_was(
-    disk: _Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    disk: SmallDisk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     recipe, workspace = write_recipe(tmp_path, port=free_port()), disk.folder / "w"
@@ -67,7 +51,7 @@ def test_a_run_goes_on_from_a_full_disk_wherever_it_was(
     assert not [path for path in workspace.rglob("*") if ".tmp-" in path.name]
 
 
-def _run_on_a_full_disk(run: list[str], disk: _Disk, workspace: Path) -> None:
+def _run_on_a_full_disk(run: list[str], disk: SmallDisk, workspace: Path) -> None:
     """Run until the disk is large enough, and once where it is."""
     command = [*run, "--set", f"workspace={workspace}"]
     for size_kb in _SIZES_KB[:-1]:

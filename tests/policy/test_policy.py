@@ -262,6 +262,14 @@ def test_the_demo_is_measured_once_so_that_its_run_knows_its_time_from_the_start
     assert make() == [run]
 
 
+def test_arrays_go_to_files_by_the_one_way_that_notices_a_full_disk() -> None:
+    sources = [
+        name for name in _tracked() if name.startswith(("models/", "pipeline/", "jobs/")) and name.endswith(".py")
+    ]
+    writing = [name for name in sources if re.search(r"\.tofile\(|\bnp\.savez?\(", (ROOT / name).read_text())]
+    assert writing == ["pipeline/data/arrays.py"]
+
+
 def test_text_is_ascii() -> None:
     for name in _tracked():
         if name.endswith((".py", ".toml")):
