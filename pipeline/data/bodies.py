@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import tempfile
 import zlib
+from collections.abc import AsyncGenerator
 from typing import IO, Any
 
 import aiohttp
@@ -45,23 +47,39 @@ async def read_body(response: aiohttp.ClientResponse, max_bytes: int, *, is_cut:
 
 async def _copy_body(response: aiohttp.ClientResponse, body: Body, max_bytes: int, *, is_cut: bool) -> None:
     encoding = "".join(filter(str.isprintable, response.headers.get("Content-Encoding", ""))).strip().lower()[:40]
+    is_encoded = encoding not in {"identity", "", "none"}
     decoder: Any = None
     num_bytes = 0
-    async for chunk in response.content.iter_any():
-        if not num_bytes and encoding not in {"identity", "", "none"}:
-            decoder = _decoder(encoding, chunk)
-        try:
-            data = chunk if decoder is None else decoder.decompress(chunk, max_bytes + 1)
-        except zlib.error:
-            raise FetchError("encoding", encoding) from None
-        body.write(data[: max_bytes - num_bytes])
-        num_bytes += len(data)
-        if num_bytes > max_bytes or (decoder is not None and decoder.unconsumed_tail):
-            if is_cut:
-                return
-            raise FetchError("body-size")
+    async with contextlib.aclosing(_pieces(response)) as pieces:
+        async for piece, is_first in pieces:
+            if is_first and is_encoded:
+                decoder = _decoder(encoding, piece)
+            try:
+                data = piece if decoder is None else decoder.decompress(piece, max_bytes + 1)
+            except zlib.error:
+                raise FetchError("encoding", encoding) from None
+            body.write(data[: max_bytes - num_bytes])
+            num_bytes += len(data)
+            if num_bytes > max_bytes or (decoder is not None and decoder.unconsumed_tail):
+                if is_cut:
+                    return
+                raise FetchError("body-size")
     if decoder is not None and not decoder.eof:
         raise FetchError("body-cut", encoding)
+
+
+async def _pieces(response: aiohttp.ClientResponse) -> AsyncGenerator[tuple[bytes, bool]]:
+    """A body as it comes, and whether a piece is the first one: that has the bytes by which an encoding is known."""
+    start, is_first = b"", True
+    async for chunk in response.content.iter_any():
+        piece = start + chunk
+        if is_first and len(piece) < len(_GZIP):
+            start = piece
+            continue
+        yield piece, is_first
+        start, is_first = b"", False
+    if start:
+        yield start, is_first
 
 
 def _decoder(encoding: str, start: bytes) -> Any:

@@ -251,7 +251,10 @@ class HostileServer:
         return _send(connection, b"busy", status=f"{query['code']} Busy", headers=after)
 
     def do_gzip(self, connection: socket.socket, _target: str, query: dict[str, str]) -> bool:
-        """A gzip that nobody asked for: of ?what= picture, bomb, cut, lie (no gzip at all)."""
+        """A gzip that nobody asked for: of ?what= picture, bomb, cut, lie (no gzip at all).
+
+        The first ?first= bytes of its body come alone.
+        """
         body = make_picture(0)
         bodies: dict[str, Callable[[], bytes]] = {
             "picture": lambda: gzip.compress(body),
@@ -260,7 +263,12 @@ class HostileServer:
             "lie": lambda: body,
             "broken": lambda: gzip.compress(body)[:-8] + bytes(8),
         }
-        return _send(connection, bodies[query["what"]](), headers="Content-Encoding: gzip\r\n")
+        sent = bodies[query["what"]]()
+        head, first = _head(len(sent), headers="Content-Encoding: gzip\r\n"), int(query.get("first", "0"))
+        connection.sendall(head + sent[:first])
+        time.sleep(0.1 if first else 0.0)
+        connection.sendall(sent[first:])
+        return True
 
     def do_brotli(self, connection: socket.socket, _target: str, _query: dict[str, str]) -> bool:
         """An encoding that is not undone."""

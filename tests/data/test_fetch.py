@@ -42,6 +42,8 @@ _FAULTS = {
     "/status?code=503&after=Fri,%2027%20Nov%202026%2007:28:00%20GMT&date=Wed,%2021%20Oct%20999999999999%2007:28:00": "http-503",
     "/status?code=503&date=Mon,%2001%20Jan%200001%2000:00:00%20%2B2359": "http-503",
     "/gzip?what=picture": PICTURE,
+    "/gzip?what=picture&first=1": PICTURE,
+    "/gzip?what=picture&first=12": PICTURE,
     "/gzip?what=lie": PICTURE,
     "/gzip?what=bomb": "body-size",
     "/gzip?what=cut": "body-cut",
