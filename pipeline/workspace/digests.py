@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, islice
 from pathlib import Path
 
-from pipeline.workspace.files import UserFile, find_files, folder_of, is_remote, remote_files
+from pipeline.workspace.files import UserFile, find_files, folder_of, is_remote, look_at, remote_files
 
 _BLOCK_BYTES = 1 << 20
 _THREADS = 8
@@ -40,6 +40,9 @@ def fingerprint(uri: str, sizes_only: Collection[str] = ()) -> str:
     Args:
         uri: Path or URI.
         sizes_only: Suffixes of files whose size stands for their content.
+
+    Raises:
+        DataError: If a file or folder cannot be read, or is removed meanwhile; names it.
     """
     digest = hashlib.sha256()
     if is_remote(uri):
@@ -84,7 +87,7 @@ def _has_suffix(file: UserFile, suffixes: Collection[str]) -> bool:
 
 def _contents(paths: list[str]) -> list[str]:
     """SHA-256 of the size and the bytes of each file, from the cache where that is possible."""
-    stats = [_stat(path) for path in paths]
+    stats = [look_at(path, _stat) for path in paths]
     # SQLite cannot store bytes that are not UTF-8. Two files of one such name are told apart by their inodes.
     names = [_printable(os.path.abspath(path)) for path in paths]  # noqa: PTH100  (resolving a million links is slow)
     with _cache() as cache:
@@ -92,7 +95,8 @@ def _contents(paths: list[str]) -> list[str]:
         missing = [place for place, name in enumerate(names) if entries.get(name, (None,))[0] != stats[place]]
         now_ns = time.time_ns()
         with ThreadPoolExecutor(_THREADS) as threads:
-            digests = dict(zip(missing, threads.map(_digest, [paths[place] for place in missing]), strict=True))
+            read = threads.map(lambda place: look_at(paths[place], _digest), missing)
+            digests = dict(zip(missing, read, strict=True))
         cacheable = [place for place in missing if now_ns - max(stats[place][1:3]) > _FRESH_S * 1e9]
         _write_cache(cache, [(names[place], *stats[place], digests[place]) for place in cacheable])
     return [digests[place] if place in digests else entries[name][1] for place, name in enumerate(names)]

@@ -9,12 +9,12 @@ import glob
 import os
 import tempfile
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 from pipeline.errors import DataError
 from pipeline.workspace.key_ranges import list_all
@@ -26,6 +26,7 @@ _FOLDERS_AHEAD = 16
 _OF_A_DISK = "lost+found"
 """Folder at the root of each ext4 disk, for what a repair finds; only the machine's owner may read it."""
 Infos = list[dict[str, Any]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +77,7 @@ def local_entries(root: str, folder: str = "") -> LocalEntries:
                 elif entry.is_file():
                     content.files.append(entry.name)
     except OSError as error:
-        what = "; allow this user to read it, or name other folders" if isinstance(error, PermissionError) else ""
-        raise DataError(f"{place}: cannot be read: {error.strerror}{what}") from None
+        raise _unreadable(place, error) from None
     _follow(links, root, folder, content)
     for names in (content.files, content.folders, content.dead_links):
         names.sort()
@@ -106,16 +106,28 @@ def is_remote(uri: str) -> bool:
     return "://" in uri and not uri.startswith("file://")
 
 
+def look_at(path: str, look: Callable[[str], T]) -> T:
+    """What a look at a local file or folder of a user gives.
+
+    Raises:
+        DataError: If it cannot be read, or is gone; names it.
+    """
+    try:
+        return look(path)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
 def exists(uri: str) -> bool:
     """Whether there is a file or folder, or a file that the pattern matches.
 
     Raises:
         ConfigError: If a package for this kind of store is missing.
-        DataError: If the store does not answer.
+        DataError: If the store does not answer, or this user may not look there.
     """
     if not is_remote(uri):
         path = _local(uri)
-        return Path(path).exists() or bool(_matching(path))
+        return look_at(path, lambda path: Path(path).exists()) or bool(_matching(path))
     store = ObjectStore(uri)
     return bool(store.glob(store.path)) if _is_pattern(store) else store.info(store.path) is not None
 
@@ -129,15 +141,15 @@ def find_files(uri: str, dead_links: list[str] | None = None) -> list[UserFile]:
 
     Raises:
         ConfigError: If a package for this kind of store is missing.
-        DataError: If the store does not answer, or a folder cannot be read.
+        DataError: If the store does not answer, or a file or folder cannot be read, or is removed meanwhile.
     """
     if is_remote(uri):
         return sorted(remote_files(uri), key=lambda file: file.uri)
     path = _local(uri)
-    names, no_files = _names_at(path)
+    names, no_files = look_at(path, _names_at)
     if dead_links is not None:
         dead_links += sorted(no_files)
-    return [UserFile(name, Path(name).stat().st_size, "") for name in sorted(names)]
+    return [UserFile(name, look_at(name, os.stat).st_size, "") for name in sorted(names)]
 
 
 def remote_files(uri: str) -> Iterator[UserFile]:
@@ -201,6 +213,15 @@ def infos_below(store: ObjectStore, folder: str) -> Iterator[Infos]:
                 waiting += [name for name in sorted(below) if name != place and not _hidden(name)]
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _unreadable(path: str, error: OSError) -> DataError:
+    """The message for a user's file or folder that cannot be read."""
+    mends = {
+        PermissionError: "; allow this user to read it, or name others",
+        FileNotFoundError: "; it was there a moment ago: run again when nothing is removed any more",
+    }
+    return DataError(f"{path}: cannot be read: {error.strerror}{mends.get(type(error), '')}")
 
 
 def _hidden(name: str) -> bool:

@@ -1,15 +1,20 @@
 """What stands in a key for a user's files: every byte of them, read once."""
 
+import errno
 import os
 import sqlite3
 import time
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 
+from pipeline.errors import DataError
 from pipeline.workspace import digests
 from pipeline.workspace.digests import fingerprint, unseen_files
+from pipeline.workspace.files import exists, find_files
+from tests.tiny.storage import fail_calls
 
 
 @pytest.fixture(autouse=True)
@@ -207,3 +212,51 @@ def test_files_known_by_their_size_are_said(tmp_path: Path) -> None:
     (folder / "0.parquet").write_bytes(b"2")
     assert fingerprint(str(folder), (".tar",)) != before
     assert unseen_files(str(folder), (".tar",)) == [str(folder / "0.tar")]
+
+
+@pytest.mark.parametrize("path", ["list", "list/b.csv", "list/*.csv"])
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (errno.EACCES, "Permission denied; allow this user to read it, or name others"),
+        (
+            errno.ENOENT,
+            "No such file or directory; it was there a moment ago: run again when nothing is removed any more",
+        ),
+        (errno.EIO, "Input/output error"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(
+    code: int, words: str, path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "list").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / f"list/{name}.csv").write_text(name)
+    with monkeypatch.context() as patch:
+        fail_calls(patch, "open", code=code, times=100, ends=("b.csv",))
+        with pytest.raises(DataError, match=rf"^{tmp_path}/list/b\.csv: cannot be read: {words}$"):
+            fingerprint(f"{tmp_path}/{path}")
+    _remove_at_a_look(monkeypatch, "b.csv")
+    with pytest.raises(DataError, match=rf"^{tmp_path}/list/b\.csv: cannot be read: No such file.*a moment ago"):
+        fingerprint(f"{tmp_path}/list")
+
+
+def _remove_at_a_look(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Let a file be removed before its size is looked at, when the folder is listed."""
+    stat = os.stat
+
+    def remove(path: Any, **options: Any) -> os.stat_result:
+        if str(path).endswith(name):
+            Path(path).unlink(missing_ok=True)
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", remove)
+
+
+def test_a_place_that_this_user_may_not_look_at_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "list.csv"
+    path.write_text("cat")
+    fail_calls(monkeypatch, "stat", code=errno.EACCES, times=100, ends=("list.csv",))
+    for look in (exists, find_files, fingerprint):
+        with pytest.raises(DataError, match=rf"^{path}: cannot be read: Permission denied; allow this user"):
+            look(str(path))
