@@ -3,7 +3,8 @@
 A row that cannot be read is counted and never takes others with it. In csv, a quote that opens a cell must be closed
 before a comma or a line end, within ``_LONGEST_RECORD`` characters. If it is not, its line alone is malformed, and
 reading goes on with the next line. In tsv a quote is a letter like any other. Everything else is read as by Python's
-own csv module.
+own csv module, but for its limit of a cell: a cell that is too long for a list is one row of it, which its readers
+count, and not the end of the quote.
 """
 
 import csv
@@ -35,7 +36,7 @@ def lines_of(stream: IO[bytes], reading: Reading, start: int = 0, stop: int | No
         stop: Byte after its last; None: the end of the file.
 
     Raises:
-        DataError: If the file is UTF-16.
+        DataError: If the file is UTF-16, or has the line ends of old Macs.
     """
     number = 0
     try:
@@ -56,6 +57,7 @@ def lines_of(stream: IO[bytes], reading: Reading, start: int = 0, stop: int | No
 
 def csv_records(lines: Iterator[Line], reading: Reading) -> Iterator[Record]:
     """The records of a csv file; blank lines are none."""
+    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_RECORD + _LONGEST_LINE))  # of the whole process
     waiting: deque[Line] = deque()
     while (line := waiting.popleft() if waiting else next(lines, None)) is not None:
         number, text = line
@@ -71,7 +73,7 @@ def csv_records(lines: Iterator[Line], reading: Reading) -> Iterator[Record]:
             is_open = record.give_back() or "unexpected end" in str(error)
             cells = None if is_open else _read_leniently(text)
             if cells is None:
-                reading.malformed(number, "a quote is opened and not closed" if is_open else str(error))
+                reading.malformed(number, "a quote is opened and not closed" if is_open else _reason(text, error))
             else:
                 yield number, cells
 
@@ -117,6 +119,11 @@ def _read_leniently(text: str) -> list[str] | None:
         return None
 
 
+def _reason(text: str, error: csv.Error) -> str:
+    """Why a single line cannot be read; Python's own words for a line end of an old Mac are for programmers."""
+    return "a line end of old Macs (CR alone) outside of quotes" if "\r" in text.rstrip("\r\n") else str(error)
+
+
 def _byte_lines(stream: IO[bytes], start: int, stop: int | None) -> Iterator[bytes | None]:
     """Lines with their ends, without a byte order mark; None for a line that is too long to be held."""
     # The line that the byte before the span belongs to is another span's.
@@ -127,6 +134,7 @@ def _byte_lines(stream: IO[bytes], start: int, stop: int | None) -> Iterator[byt
         block = stream.read(_BLOCK_BYTES)
         if position == 0 and not rest and not long_bytes:
             refuse_utf16(block)
+            _refuse_old_macs(block)
             bom = len(_BOM) if block.startswith(_BOM) else 0
             position, block = bom, block[bom:]
         lines = (rest + block).split(b"\n")
@@ -154,3 +162,13 @@ def refuse_utf16(block: bytes) -> None:
     """
     if block[:2] in _UTF16:
         raise DataError("UTF-16; convert it to UTF-8, for example with iconv")
+
+
+def _refuse_old_macs(block: bytes) -> None:
+    """Refuse a file by its first bytes: the whole of it would be one line.
+
+    Raises:
+        DataError: If its lines end with CR alone.
+    """
+    if b"\r" in block[:-1] and b"\n" not in block:  # a CR at the end may be one of a CR LF
+        raise DataError("line ends of old Macs (CR alone); convert it, for example with tr '\\r' '\\n' < OLD > NEW")
