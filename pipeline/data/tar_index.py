@@ -3,6 +3,7 @@
 import tarfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import IO
 
 from pipeline.data.mends import repair_hint
 from pipeline.errors import DataError
@@ -50,6 +51,30 @@ def index_tar(path: Path, *, hint: str = "") -> Members:
             key, extension = _key_and_extension(last)
             _add(members.setdefault(key, {}), extension, (offset + _BLOCK_BYTES, size))
             offset += _BLOCK_BYTES + -(-size // _BLOCK_BYTES) * _BLOCK_BYTES
+
+
+def count_keys(stream: IO[bytes], num_bytes: int) -> tuple[int, int]:
+    """Number of keys in the beginning of a tar, which is read from front to back.
+
+    Args:
+        stream: The tar.
+        num_bytes: Size of the beginning; nothing is read behind the file in which it ends.
+
+    Returns:
+        Keys, and the bytes of the files that they are of; 0: all of the tar.
+
+    Raises:
+        tarfile.TarError: If it is no tar, or damaged.
+    """
+    keys = set[str]()
+    with tarfile.open(fileobj=stream, mode="r|", encoding="utf-8", errors="surrogateescape") as tar:
+        for member in tar:
+            if member.isfile():
+                keys.add(_key_and_extension(member.name)[0])
+            stop = member.offset_data + -(-member.size // _BLOCK_BYTES) * _BLOCK_BYTES
+            if stop >= num_bytes:
+                return len(keys), stop
+    return len(keys), 0
 
 
 def spans_of(path: Path, keys: Collection[str]) -> list[tuple[int, int]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,15 +22,15 @@ import pyarrow.parquet as pq
 from pipeline.data.blank import BLANK
 from pipeline.data.causes import FetchError, cause_of
 from pipeline.data.list_columns import column_in_list
-from pipeline.data.lists import require_parts
+from pipeline.data.lists import explain_damage, require_parts
 from pipeline.data.reading import Reading, has_surrogates, within_limit
 from pipeline.data.shard_tables import PLACE_FIELDS, TAKEN_IN, Place
 from pipeline.data.shard_writer import FAILED_TO_RESIZE, FAILURES, SUCCESS, failure_causes
-from pipeline.data.tar_index import index_tar, shown
+from pipeline.data.tar_index import count_keys, index_tar, shown
 from pipeline.data.tar_samples import TarSample, sample_of
 from pipeline.errors import DataError
 from pipeline.pictures.read import PictureError
-from pipeline.workspace.files import UserFile, find_files, local_copy
+from pipeline.workspace.files import UserFile, find_files, is_remote, open_file
 from pipeline.workspace.hashing import HashedFile
 from pipeline.workspace.store import Artifact
 
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from pipeline.data.decoders import Measures, Size
 
 BATCH_ROWS = 10_000
+_COUNTED_BYTES = 8 << 20
+"""Part of a tar in a store of which the samples are counted."""
 _HINT = "bring this file back from a copy, or leave it out of the folder"
 _SIZES = ("width", "height", "original_width", "original_height")
 _MOST_PX = 2**31 - 1
@@ -106,15 +109,23 @@ def tar_files(path: str) -> list[UserFile]:
 
 
 def count_samples(path: str) -> int:
-    """About how many samples the tars hold: the first one stands for the others by its size.
+    """About how many samples the tars hold: the first one, or its beginning in a store, stands for all by its size.
 
     Raises:
         DataError: If there is no tar, or the first is damaged.
     """
     files = tar_files(path)
-    with local_copy(files[0].uri) as tar:
-        count = len(index_tar(tar, hint=_HINT))
-    return round(count * sum(file.num_bytes for file in files) / max(1, files[0].num_bytes))
+    first = files[0]
+    if not is_remote(first.uri):
+        count, num_bytes = len(index_tar(Path(first.uri), hint=_HINT)), first.num_bytes
+    else:
+        try:
+            with explain_damage(first.uri), open_file(first.uri) as stream:
+                count, counted_bytes = count_keys(stream, _COUNTED_BYTES)
+                num_bytes = counted_bytes or first.num_bytes
+        except tarfile.TarError as error:
+            raise DataError(f"{first.uri}: damaged tar ({error}); {_HINT}") from error
+    return round(count * sum(file.num_bytes for file in files) / max(1, num_bytes))
 
 
 def table_of(tar: Path, pairs: pa.Table, measures: Measures) -> pa.Table:

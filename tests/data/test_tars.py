@@ -10,6 +10,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -22,7 +23,7 @@ from pipeline.data.pairs import Pairs
 from pipeline.data.rows import make_uid
 from pipeline.data.shards import StoredPictures, good_samples
 from pipeline.data.sources import Source, count_pairs
-from pipeline.data.tars import TakenIn, take_in
+from pipeline.data.tars import TakenIn, count_samples, take_in
 from pipeline.errors import DataError
 from pipeline.forget.rewrite import rewrite
 from pipeline.recipe.pairs_sections import PairsConfig
@@ -354,3 +355,16 @@ def test_the_key_of_the_pairs_says_how_tars_are_read_and_not_where_they_lie() ->
     shards, listed = PairsConfig(source="shards", path="a"), PairsConfig(source="list", path="a")
     assert shards.path_in_key("a") == shards.path_in_key("b") == "by content, decoded, one picture"
     assert listed.path_in_key("a") == ""
+
+
+def test_the_samples_of_a_small_tar_in_a_store_are_counted_as_here(tmp_path: Path) -> None:
+    files = {"folder/a.b.jpg": b"1", "folder/a.txt": b"2", f"{'long' * 40}.jpg": b"3", "z.txt": b"4"}
+    store = fsspec.filesystem("memory")
+    for layout in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        _write_tar(tmp_path / "0.tar", files, layout)
+        store.pipe("/counted/0.tar", (tmp_path / "0.tar").read_bytes())
+        assert count_samples("memory://counted") == count_samples(str(tmp_path)) == 3
+    store.pipe("/counted/0.tar", b"no tar")
+    with pytest.raises(DataError, match=r"^memory:///counted/0\.tar: damaged tar \(.*leave it out of the folder"):
+        count_samples("memory://counted")
+    store.rm("/counted", recursive=True)

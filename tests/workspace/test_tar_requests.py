@@ -1,4 +1,4 @@
-"""What a list of pairs from tars asks of an object store: so much of each tar, whatever their rows are."""
+"""What a list of pairs from tars asks of an object store: so much of each tar, whatever their rows are; and of tars in one."""
 
 from collections import Counter
 from pathlib import Path
@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 
 from pipeline.data import duplicates, make_pairs
+from pipeline.data.tars import count_samples
 from pipeline.networks.bill import TAR_REQUESTS, TASK_REQUESTS
 from pipeline.recipe.plan import make_plan
 from pipeline.recipe.recipe import parse_recipe
 from pipeline.runtime.context import StepContext
+from pipeline.workspace.objects import ObjectStore
 from tests.s3_server import S3Server
 from tests.scaling_page import by_the_clock
 from tests.tiny.recipe import tiny_tables
@@ -53,3 +55,16 @@ def test_a_tar_costs_a_list_so_much_whatever_rows_are_compared(
     in_groups.subtract(more)
     of_groups = {kind: count / 3 for kind, count in in_groups.items() if count}  # there are three more
     assert of_groups == {"GET": 3, "HEAD": 2, "PUT": 2}
+
+
+def test_the_rows_of_tars_in_a_store_are_estimated_from_the_beginning_of_the_first(
+    s3_server: S3Server, bucket: str, tmp_path: Path
+) -> None:
+    picture, names = bytes(1 << 20), [f"{number:02d}" for number in range(40)]
+    write_tar(tmp_path / "0.tar", [(f"{name}.jpg", picture) for name in names])
+    store = ObjectStore(f"{bucket}/tars")
+    for number in range(3):
+        store.put_file(str(tmp_path / "0.tar"), f"{store.path}/{number}.tar")
+    s3_server.counted()
+    assert abs(count_samples(f"{bucket}/tars") - 120) <= 1
+    assert sum(one.num_bytes for one in s3_server.counted()) < 18 << 20
