@@ -217,7 +217,7 @@ def infos_below(store: ObjectStore, folder: str) -> Iterator[Infos]:
 
 def _unreadable(path: str, error: OSError) -> DataError:
     """The message for a user's file or folder that cannot be read."""
-    mends = {
+    mends: dict[type[OSError], str] = {
         PermissionError: "; allow this user to read it, or name others",
         FileNotFoundError: "; it was there a moment ago: run again when nothing is removed any more",
     }
