@@ -307,9 +307,10 @@ class ClipStepConfig(StepSection):
     def __post_init__(self) -> None:
         if self.source == "train" and self.train.num_steps == 0:
             raise ValueError("train.num_steps is 0: random weights are of no use; set source = 'pretrained'")
-        if self.resources.samples_a_pass and self.model.vision == "resnet":
+        if self.source == "train" and self.resources.micro_batch_size and self.model.vision == "resnet":
             raise ValueError(
-                "resources.micro_batch_size: the batch norms of model.vision = 'resnet' need the batch undivided"
+                f"resources.micro_batch_size is {self.resources.micro_batch_size}: the batch norms of model.vision = "
+                "'resnet' need the batch undivided; set 0, or model.vision = 'vit'"
             )
         if self.source == "train" and self.resources.is_elastic and self.model.vision == "resnet":
             raise ValueError(

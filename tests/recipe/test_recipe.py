@@ -125,6 +125,11 @@ def test_load_recipe_round_trips_through_resolved_json(tmp_path: Path) -> None:
         ),
         ({"prior": {"resources": {"num_workers": 0}}}, ["prior.resources.num_workers", "greater than 0"]),
         ({"clip": {"resources": {"num_workers": [1, 2]}}}, ["clip: resources.num_workers is [1, 2]", "batch norms"]),
+        (
+            {"clip": {"resources": {"micro_batch_size": "auto"}}},
+            ["clip: resources.micro_batch_size is auto", "undivided"],
+        ),
+        ({"clip": {"resources": {"micro_batch_size": 8}}}, ["clip: resources.micro_batch_size is 8", "undivided"]),
         ({"upsampler_2": {}}, ["upsampler_2"]),
         (
             {"prior": {"model": {"kind": "magic"}}},
