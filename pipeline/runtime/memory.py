@@ -1,7 +1,7 @@
 """The largest part of a batch that fits into a worker's memory, where a recipe leaves it open."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from pipeline.errors import StepError
@@ -17,6 +17,20 @@ from pipeline.workspace.store import LIVE
 Json = dict[str, Any]
 
 _PART = f"{LIVE}micro_batch.json"
+_DECIDE = (
+    "num_workers",
+    "num_shards",
+    "cpus_per_worker",
+    "accelerator",
+    "gpu_memory_gb",
+    "validation",
+    "label_selector",
+    "memory_gb_per_worker",
+    "disk_gb_per_worker",
+    "checkpointing",
+    "compiled",
+)
+"""Those of the resources that say how much memory a worker takes, how much it has, or on which machine."""
 _PROCESS_GB = 1.5
 """Of a worker on CPUs, beside its tensors: the libraries, and the rows that are read ahead."""
 _LEAST_SHARE = 0.5
@@ -27,8 +41,8 @@ memory once."""
 def with_counted_part(context: StepContext) -> StepContext:
     """A training with a number in place of ``micro_batch_size = "auto"``; one that has a number is returned as it is.
 
-    It is counted on a machine on which a worker can run, and kept for later starts with the same resources; see
-    ``keep_halved_part`` for one that was counted too large.
+    It is counted on a machine on which a worker can run, and kept for later starts with the same memory, of which they
+    take as much; see ``keep_halved_part`` for one that was counted too large.
 
     Raises:
         ConfigError: If the shape of a pretrained CLIP is not known there.
@@ -37,9 +51,10 @@ def with_counted_part(context: StepContext) -> StepContext:
     name, resources = context.step.name, context.recipe.trained()[context.step.name].resources
     if resources.micro_batch_size != "auto":
         return context
-    of = json.loads(json.dumps(asdict(resources)))
-    part: Json = context.output.find_json(_PART) or {}
-    if part.get("of") != of:
+    of = {field: getattr(resources, field) for field in _DECIDE}
+    of = json.loads(json.dumps(of))
+    part: Json = context.output.find_json(_PART) or {"of": {}}
+    if any(part["of"].get(field) != value for field, value in of.items()):
         Progress(context.output, waits=True).update(0, 1, "", "waiting for a worker that counts its memory", force=True)
         options = worker_options(name, resources, has_roles=cluster_has_roles()) | {"name": f"{name}: count memory"}
         part = call_again(_count, name, context, options=options, max_retries=resources.max_failures) | {"of": of}

@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from pipeline.data.order import Share
 from pipeline.errors import StepError
 from pipeline.recipe.recipe import Recipe, TrainedSection
 from pipeline.recipe.train_sections import ClipStepConfig
@@ -41,8 +42,7 @@ def out_of_memory(section: TrainedSection, num_workers: int, cause: str, *, is_o
 
     Where less at a time is not possible, the latter is an error like others: it need not come again.
     """
-    share = -(-section.train.batch_size // num_workers)
-    largest = min(section.resources.samples_a_pass or share, share)
+    largest = Share(section.train.batch_size, 0, num_workers).largest_part(section.resources.samples_a_pass)
     if not is_own and not _can_be_halved(section, largest):
         return End("failed", f"a worker failed ({cause})")
     words = f"{'' if is_own else 'perhaps '}out of memory with {largest} samples at a time ({cause})"
