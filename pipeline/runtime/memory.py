@@ -78,6 +78,7 @@ def keep_halved_part(context: StepContext, largest_pass: int) -> None:
 
 def _count(name: str, context: StepContext) -> Json:
     """The part that fits here; runs in a process of its own."""
+    Progress(context.output).update(0, 1, "networks", "counting its memory", force=True)
     import torch
 
     from pipeline.networks.costs import build_clip

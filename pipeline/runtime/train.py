@@ -238,6 +238,8 @@ def _run_ranked(config: dict[str, Any]) -> None:
 def _run_worker(context: StepContext, rank: int = 0, world_size: int = 1) -> End:
     """Train on one worker; runs in a process of its own, which starts when it has its CPUs."""
     progress = Progress(context.own_output, notice=context.notice, num_workers=world_size)
+    if rank == 0:  # a large checkpoint takes minutes to read, and the machines that were waited for are there
+        progress.update(0, 1, "networks", "loading", force=True)
     from pipeline.networks.cores import use_cores
     from pipeline.train.assemble import EarlierTraining, TrainJob
     from pipeline.train.job import run_job

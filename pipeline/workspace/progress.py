@@ -22,7 +22,7 @@ class ProgressState:
     total: int
     unit: str
     rate: float
-    """Units per second since the first reading of this start, without the time until then."""
+    """Units per second since the first reading in this unit of this start, without the time until then."""
     eta_s: float
     """Seconds to go at that rate; 0 while unknown."""
     message: str
@@ -70,7 +70,8 @@ class Progress:
     """Writes the reading of one step, at most once per ``every_s`` seconds, and in at most 1 % of the time.
 
     All workers of a training wait while it is written. Where a write takes longer than .6 s, one a minute is written
-    all the same: `unclip status` takes a step without readings for dead. A new notice is written at once.
+    all the same: `unclip status` takes a step without readings for dead. A new notice is written at once, and so is the
+    first reading in another unit.
 
     Args:
         artifact: The step's artifact.
@@ -97,6 +98,7 @@ class Progress:
         self._start = None if waits else time.monotonic()
         self._due = float("-inf")
         self._write_s = 0.0
+        self._unit = ""
         self._first: tuple[float, int] | None = None
         previous = read_progress(artifact)
         self._earlier_s = previous.wall_s if previous else 0.0
@@ -132,9 +134,11 @@ class Progress:
     ) -> None:
         """Record that ``done`` of ``total`` units are finished, and how many workers are at it on which machine."""
         now = time.monotonic()
-        if self._first is None and self._start is not None:
+        is_other_unit, self._unit = unit != self._unit, unit
+        if self._start is not None and (self._first is None or is_other_unit):
             self._first = (now, done)
-        if now < self._due and not force and done < total and self.notice == self._last_notice:
+        is_new = is_other_unit or self.notice != self._last_notice
+        if now < self._due and not force and done < total and not is_new:
             return
         first_s, first_done = self._first or (now, done)
         rate = (done - first_done) / max(now - first_s, 1e-9)

@@ -175,6 +175,23 @@ def test_progress_has_begun_when_it_counts_something(tmp_path: Path) -> None:
     assert state.has_begun
 
 
+def test_another_unit_is_written_at_once_and_has_a_rate_of_its_own(tmp_path: Path) -> None:
+    """A training that continues at step 400 has not made 400 steps while it loaded its checkpoint."""
+    artifact = Artifact(str(tmp_path))
+    progress = Progress(artifact, every_s=1000)
+    progress.update(0, 1, "networks", "loading")
+    progress.update(400, 500, "steps", "training")
+    state = read_progress(artifact)
+    assert state is not None
+    assert (state.done, state.unit, state.rate, state.eta_s) == (400, "steps", 0.0, 0.0)
+    progress.update(401, 500, "steps", force=True)
+    later = read_progress(artifact)
+    assert later is not None
+    assert 0 < later.rate * (later.wall_s - state.wall_s) < 1.5
+    progress.update(402, 500, "steps")
+    assert read_progress(artifact) == later
+
+
 @pytest.mark.parametrize(
     ("seconds", "about", "exactly"),
     [
