@@ -59,7 +59,10 @@ def missed_target(metrics: Json) -> str:
     """A sentence if a segment does not reach the recipe's recall target; empty if it does."""
     if metrics.get("reaches_recall_target", True):
         return ""
-    numbers = ", ".join(f"{value:g} at {k} for {_WORDS[modality]}" for modality, k, value in recalls(metrics))
+    numbers = "; ".join(
+        f"{words} " + ", ".join(f"{value:g} at {k}" for modality, k, value in recalls(metrics) if modality == side)
+        for side, words in _WORDS.items()
+    )
     return (
         f"the recall target of {metrics['recall_target']:g} is not reached, or not surely (measured: {numbers}); a "
         "larger index.memory_gb or another index.kind comes nearer, more index.num_recall_queries measure it better"

@@ -61,8 +61,8 @@ def test_a_target_that_is_missed_is_a_sentence_with_what_was_measured(
     sentence = missed_target(missed)
     assert sentence.startswith("the recall target of 0.99 is not reached, or not surely (measured: ")
     for modality, words in (("image", "pictures"), ("text", "captions")):
-        for k in (10, 100):
-            assert f"{missed[f'{modality}_recall_at_{k}']:g} at {k} for {words}" in sentence
+        at_10, at_100 = (missed[f"{modality}_recall_at_{k}"] for k in (10, 100))
+        assert f"{words} {at_10:g} at 10, {at_100:g} at 100" in sentence
     recall, k = lowest_recall([reached, missed]) or (1.0, 0)
     assert (recall, k) == (min(missed["image_recall_at_10"], missed["text_recall_at_10"]), 10)
     assert recall < 0.9

@@ -148,10 +148,10 @@ def test_a_gpu_that_faiss_does_not_see_is_one_message(tmp_path: Path, monkeypatc
 
 
 def test_an_index_that_misses_its_recall_target_says_so_when_it_is_built_and_changed(tmp_path: Path) -> None:
-    vectors = unit(np.random.default_rng(0).normal(size=(12_000, 4)))
-    changes = {"kind": "ivf_rabitq", "num_recall_queries": 20, "recall_target": 1.0}
+    vectors = unit(np.random.default_rng(0).normal(size=(24_000, 32)))  # one bit a feature tells too little of them
+    changes = {"kind": "ivf_rabitq", "num_recall_queries": 200, "recall_target": 1.0, "num_train_rows": 2000}
     recipe, context = _context(tmp_path / "workspace", **changes)
-    _embed(context.inputs["embed"], vectors[:6000])
+    _embed(context.inputs["embed"], vectors[:12_000])
     result = runtime_index.run_index(context)
     [warning] = result.warnings
     assert "index: the recall target of 1 is not reached, or not surely (measured: " in warning
@@ -159,13 +159,13 @@ def test_an_index_that_misses_its_recall_target_says_so_when_it_is_built_and_cha
     context.output.commit(dataclasses.replace(manifest_of(context.step, context.output), metrics=result.metrics))
     path = tmp_path / "recipe.toml"
     path.write_bytes(tomli_w.dumps(tiny_tables(tmp_path / "workspace", index=_INDEX | changes)).encode())
-    more = _embed(Workspace(recipe.workspace).artifact("embed", "more"), vectors[6000:], first=6000)
-    for words, num_ok in ((("append", str(path), more.uri), 6000), (("compact", str(path)), 12_000)):
+    more = _embed(Workspace(recipe.workspace).artifact("embed", "more"), vectors[12_000:], first=12_000)
+    for words, num_ok in ((("append", str(path), more.uri), 12_000), (("compact", str(path)), 24_000)):
         done = unclip_here(*words)
         assert (done.returncode, f"{num_ok} of {num_ok} pairs" in done.stdout) == (0, True)
         assert "warning: index: the recall target of 1 is not reached" in done.stderr
     [metrics] = metrics_of(context.output, read_version(context.output), result.metrics)
-    assert (metrics["num_rows"], metrics["reaches_recall_target"]) == (12_000, False)
+    assert (metrics["num_rows"], metrics["reaches_recall_target"]) == (24_000, False)
 
 
 def test_a_run_tells_what_the_result_of_a_step_says(tmp_path: Path) -> None:
