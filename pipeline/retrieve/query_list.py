@@ -48,17 +48,7 @@ def write_queries(source: Path, target: Path) -> int:
         DataError: If the list cannot be read, has none of these columns (of JSON, in none of the first part's rows),
             or it is empty.
     """
-    reader = _READERS.get(_suffix(source))
-    if reader is None:
-        raise DataError(f"{source}: not a list of queries; it may be {', '.join(_READERS)}")
-    try:
-        num_rows = _write(reader(source), target)
-    except FileNotFoundError:
-        raise DataError(f"{source}: no such file") from None
-    except DataError as error:
-        raise DataError(f"{source}: {error}") from None
-    except (pa.ArrowInvalid, OSError, ValueError, EOFError) as error:
-        raise DataError(f"{source}: cannot be read: {error}") from None
+    num_rows = _write(_tables(source), target)
     if not num_rows:
         raise DataError(f"{source}: holds no queries")
     return num_rows
@@ -67,6 +57,21 @@ def write_queries(source: Path, target: Path) -> int:
 def num_parts(queries: Path) -> int:
     """Number of parts of a file that ``write_queries`` wrote."""
     return pq.read_metadata(queries).num_row_groups
+
+
+def _tables(source: Path) -> Iterator[pa.Table]:
+    """The list, table by table. What cannot be written, such as to a full disk, is no error of it."""
+    reader = _READERS.get(_suffix(source))
+    if reader is None:
+        raise DataError(f"{source}: not a list of queries; it may be {', '.join(_READERS)}")
+    try:
+        yield from reader(source)
+    except FileNotFoundError:
+        raise DataError(f"{source}: no such file") from None
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from None
+    except (pa.ArrowInvalid, OSError, ValueError, EOFError) as error:
+        raise DataError(f"{source}: cannot be read: {error}") from None
 
 
 def _write(tables: Iterable[pa.Table], target: Path) -> int:

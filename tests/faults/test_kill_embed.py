@@ -23,18 +23,22 @@ from tests.tiny.networks import make_clip
 from tests.tiny.shards import Sample, make_jpeg, write_shard
 
 _NUM_KILLS = 20
-_SHARDS = [f"{number:05d}" for number in range(8)]
+SHARDS = [f"{number:05d}" for number in range(8)]
 
 
-@pytest.fixture
-def context(tmp_path: Path) -> StepContext:
+@pytest.fixture(name="context")
+def _context(tmp_path: Path) -> StepContext:
+    return embed_context(tmp_path)
+
+
+def embed_context(tmp_path: Path) -> StepContext:
     """Embed, with a download of eight shards, each with one picture that is none."""
     recipe = parse_recipe({"workspace": str(tmp_path / "workspace"), "embed": {"batch_size": 16}})
     context = StepContext(recipe, next(step for step in make_plan(recipe) if step.name == "embed"), recipe.workspace)
     for path in make_clip(tmp_path / "clip").iterdir():
         context.inputs["clip"].write_bytes(path.name, path.read_bytes())
     download = context.inputs["download"]
-    for shard in _SHARDS:
+    for shard in SHARDS:
         pictures = [b"no picture" if number == 4 else make_jpeg(number, (40, 36)) for number in range(40)]
         samples = [Sample(f"http://a/{shard}/{row}", f"caption {row}", data) for row, data in enumerate(pictures)]
         paths = write_shard(download, shard, samples, "jpg")
@@ -52,7 +56,7 @@ def _start(context: StepContext) -> int:
     try:
         torch.set_num_threads(1)
         worker = EmbedWorker(context)
-        for shard in _SHARDS:
+        for shard in SHARDS:
             if shard not in context.output.shard_records():
                 worker(shard)
         code = 0
@@ -73,12 +77,12 @@ def test_a_worker_that_is_killed_at_random_moments_ends_in_the_same_bytes(contex
     assert _finish(_start(context)) == 0
     took_s, output, rng = time.monotonic() - start, context.output, random.Random(0)
     expected = _files(output)
-    assert len(expected) == 2 * len(_SHARDS)  # embeddings, and the row that has none
+    assert len(expected) == 2 * len(SHARDS)  # embeddings, and the row that has none
 
     num_killed = 0
     while num_killed < _NUM_KILLS:
-        if len(output.shard_records()) == len(_SHARDS):
-            for shard in rng.sample(_SHARDS, 5):
+        if len(output.shard_records()) == len(SHARDS):
+            for shard in rng.sample(SHARDS, 5):
                 output.remove(f"{shard}.done.json")
         process = _start(context)
         time.sleep(rng.uniform(0, took_s))
@@ -88,4 +92,4 @@ def test_a_worker_that_is_killed_at_random_moments_ends_in_the_same_bytes(contex
     output.clear_temporaries()
     assert _finish(_start(context)) == 0
     assert _files(output) == expected
-    assert sorted(output.shard_records()) == _SHARDS
+    assert sorted(output.shard_records()) == SHARDS
