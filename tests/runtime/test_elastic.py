@@ -18,6 +18,7 @@ from ray.util.placement_group import placement_group_table
 from safetensors.torch import load_file
 
 from pipeline.errors import ConfigError
+from pipeline.recipe.initial_files import num_files
 from pipeline.recipe.recipe import Recipe, parse_recipe
 from pipeline.recipe.schedule import needs_of
 from pipeline.runtime.connection import connect
@@ -25,6 +26,7 @@ from pipeline.runtime.context import StepContext
 from pipeline.runtime.machines import VERDICTS
 from pipeline.runtime.placement import ROLE, controller_options
 from pipeline.runtime.train import run_training
+from pipeline.train.resume import state_name
 from pipeline.workspace.progress import METRICS, read_progress
 from pipeline.workspace.store import LIVE, Artifact
 from tests.tiny.cluster import cluster_without_cpus, drain
@@ -100,13 +102,17 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 @pytest.mark.slow  # Ray takes a minute to miss a machine
-@pytest.mark.parametrize(("fewest", "most", "num_steps"), [(1, 2, NUM_STEPS), (3, 4, NUM_STEPS // 2)])
+@pytest.mark.parametrize(
+    ("fewest", "most", "num_steps", "num_shards"),
+    [(1, 2, NUM_STEPS, 1), (3, 4, NUM_STEPS // 2, 1), (2, 3, NUM_STEPS // 3, 0)],
+)
 def test_a_machine_that_is_lost_and_one_that_comes(
-    cluster: Cluster, tmp_path: Path, fewest: int, most: int, num_steps: int
+    cluster: Cluster, tmp_path: Path, fewest: int, most: int, num_steps: int, num_shards: int
 ) -> None:
     size = {"batch_size": most + 1, "num_steps": num_steps}
+    workers: dict[str, Any] = {"num_workers": [fewest, most], "num_shards": num_shards, "keep_state": True}
     elastic, done = (
-        upsampler_context(_recipe(tmp_path / "elastic", num_workers=[fewest, most], resize_every_s=3.0, **size)),
+        upsampler_context(_recipe(tmp_path / "elastic", resize_every_s=3.0, **workers, **size)),
         threading.Event(),
     )
     output = elastic.output
@@ -133,6 +139,7 @@ def test_a_machine_that_is_lost_and_one_that_comes(
     words = r"ended after step \d+, with a checkpoint: there is room for more workers; it goes on from its newest checkpoint"
     assert re.fullmatch(words, progress.notice)
     assert [number for number, _ in _parts(output)] == [most, fewest, most]
+    assert num_files(str(output.path(state_name(num_steps)))) == (1 if num_shards else most)
     assert sum(steps for _, steps in _parts(output)) == num_steps
     changed = load_file(output.path("model.safetensors"))
     for name, weight in _calm_weights(tmp_path / "alone", **size).items():
