@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed
-from torch import Tensor, nn
+from torch import nn
 
 from models.clip_config import ClipConfig, ClipDims
 from models.sample_random import SampleRandom
 from pipeline.data.batch import Batch
 from pipeline.data.negatives import Bigrams, bigrams_of, hard_negatives
 from pipeline.errors import DataError
-from pipeline.networks.contrast import ContrastiveObjective, Pairs
+from pipeline.networks.contrast import ContrastiveObjective, Pairs, sum_of
 from pipeline.networks.counting import Work, count
 from pipeline.networks.kind import NetworkKind
 from pipeline.workspace.hashing import copy_file
@@ -191,14 +191,14 @@ def _work(network: nn.Module, clip: OpenClip) -> Work:
     network.eval()
     encode_text: Any = network.encode_text
 
-    def run(size: int) -> Tensor:
-        image, text, *_ = network(images.expand(size, -1, -1, -1), tokens.expand(size, -1))
-        total = image.sum() + text.sum()
+    def encode(size: int) -> Pairs:
+        image, text, scale, *_ = network(images.expand(size, -1, -1, -1), tokens.expand(size, -1))
         if getattr(getattr(network, "config", None), "hard_negatives", False):  # a pretrained one has no configuration
-            total = total + encode_text(tokens.expand(size, -1)).sum()
-        return total
+            return Pairs(image, text, scale, encode_text(tokens.expand(size, -1), normalize=True))
+        return Pairs(image, text, scale)
 
-    return Work(run, count(lambda: clip.model.encode_image(images)), 1)
+    flops = count(lambda: clip.model.encode_image(images))
+    return Work(lambda size: sum_of(encode(size)), flops, 1, encode=encode)
 
 
 CLIP = NetworkKind(

@@ -6,7 +6,7 @@ Legend: B samples of the global batch, b of them at hand, D features.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,6 +31,10 @@ class Pairs(NamedTuple):
     """Inverse temperature."""
     negative: Float[Tensor, "b D"] | None = None
     """Features of the captions' hard negatives."""
+
+
+Gather = Callable[[Tensor, Share], Tensor]
+"""(rows of this worker's share, the share) -> those of all workers."""
 
 
 class ContrastiveObjective(nn.Module, ABC):
@@ -60,10 +64,10 @@ class ContrastiveObjective(nn.Module, ABC):
         pairs = self.encode(batch, random)
         if encodes:
             return pairs
-        return contrastive_loss(pairs, self.share) if gradients is None else _product(pairs, gradients)
+        return contrastive_loss(pairs, self.share) if gradients is None else product(pairs, gradients)
 
 
-def contrastive_loss(pairs: Pairs, share: Share | None = None) -> Float[Tensor, ""]:
+def contrastive_loss(pairs: Pairs, share: Share | None = None, gather: Gather = rows_of_all) -> Float[Tensor, ""]:
     """Mean loss of b pairs among all pictures and captions of the global batch, both ways.
 
     With hard negatives, each picture is also told from its own: the mean of -log P(caption) against that one caption
@@ -72,12 +76,13 @@ def contrastive_loss(pairs: Pairs, share: Share | None = None) -> Float[Tensor, 
     Args:
         pairs: Of this worker; under autocast too, because logits near 100 have no digits left in bfloat16.
         share: This worker's share of the global batch; None: it is alone.
+        gather: How the features of the others come here.
     """
     with torch.autocast(pairs.image.device.type, enabled=False):
         image, text = pairs.image.float(), pairs.text.float()
         first, images, texts = 0, image, text
         if share is not None:
-            first, images, texts = share.start, rows_of_all(image, share), rows_of_all(text, share)
+            first, images, texts = share.start, gather(image, share), gather(text, share)
         own = torch.arange(first, first + len(image), device=image.device)
         by_image, by_text = pairs.scale * image @ texts.T, pairs.scale * text @ images.T
         loss = (F.cross_entropy(by_image, own) + F.cross_entropy(by_text, own)) / 2
@@ -87,7 +92,9 @@ def contrastive_loss(pairs: Pairs, share: Share | None = None) -> Float[Tensor, 
         return loss + F.softplus(-pairs.scale * margins).mean()
 
 
-def gradients_of(parts: Sequence[Pairs], share: Share, weight: float) -> tuple[Tensor, list[Pairs]]:
+def gradients_of(
+    parts: Sequence[Pairs], share: Share, weight: float, gather: Gather = rows_of_all
+) -> tuple[Tensor, list[Pairs]]:
     """The loss of a share whose features were computed in parts, and its gradients by them, part by part.
 
     The features of all parts are small, and what a backward pass needs of them is large. So the parts are encoded once
@@ -97,11 +104,13 @@ def gradients_of(parts: Sequence[Pairs], share: Share, weight: float) -> tuple[T
         parts: Features of this worker's share, in order, without a graph.
         share: This worker's share of the global batch.
         weight: Factor of the gradients.
+        gather: How the features of the others come here.
     """
-    columns = [None if column[0] is None else torch.cat(column) for column in zip(*map(_rows, parts), strict=True)]
-    tensors = [column.requires_grad_() for column in (*columns, parts[0].scale.clone()) if column is not None]
-    image, text, *negative, scale = tensors
-    loss = contrastive_loss(Pairs(image, text, scale, *negative), share)
+    image, text, scale, negative = concatenate(parts)
+    columns = (image, text, negative, scale.clone())
+    tensors = [column.requires_grad_() for column in columns if column is not None]
+    image, text, *negatives, scale = tensors
+    loss = contrastive_loss(Pairs(image, text, scale, *negatives), share, gather)
     image_grad, text_grad, *negative_grad, scale_grad = torch.autograd.grad(
         loss * weight, tensors, allow_unused=True, materialize_grads=True
     )
@@ -109,6 +118,30 @@ def gradients_of(parts: Sequence[Pairs], share: Share, weight: float) -> tuple[T
     rows = zip(*(grad.split(sizes) for grad in (image_grad, text_grad, *negative_grad)), strict=True)
     scales = [scale_grad if number == 0 else torch.zeros_like(scale_grad) for number in range(len(parts))]
     return loss.detach(), [Pairs(row[0], row[1], one, *row[2:]) for row, one in zip(rows, scales, strict=True)]
+
+
+def concatenate(parts: Sequence[Pairs]) -> Pairs:
+    """The features of all parts, in their order."""
+    image, text, negative = (
+        None if column[0] is None else torch.cat(column) for column in zip(*map(_rows, parts), strict=True)
+    )
+    assert image is not None
+    assert text is not None
+    return Pairs(image, text, parts[0].scale, negative)
+
+
+def resized(pairs: Pairs, num_rows: int) -> Pairs:
+    """As many features of the same kind, with no values, for counts."""
+    image, text, negative = (None if rows is None else rows.new_empty(num_rows, rows.shape[1]) for rows in _rows(pairs))
+    assert image is not None
+    assert text is not None
+    return Pairs(image, text, pairs.scale.detach(), negative)
+
+
+def sum_of(pairs: Pairs) -> Float[Tensor, ""]:
+    """Something to differentiate that costs next to nothing."""
+    total = pairs.image.sum() + pairs.text.sum()
+    return total if pairs.negative is None else total + pairs.negative.sum()
 
 
 def no_gradients(pairs: Pairs) -> Pairs:
@@ -121,7 +154,8 @@ def _rows(pairs: Pairs) -> tuple[Tensor, Tensor, Tensor | None]:
     return pairs.image, pairs.text, pairs.negative
 
 
-def _product(pairs: Pairs, gradients: Pairs) -> Tensor:
+def product(pairs: Pairs, gradients: Pairs) -> Tensor:
+    """A number with these gradients by the features."""
     products = [
         (feature.float() * gradient).sum()
         for feature, gradient in zip(pairs, gradients, strict=True)

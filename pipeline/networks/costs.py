@@ -8,15 +8,26 @@ products, convolutions and attention are counted, element-wise work (a few perce
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline.clip.model import OpenClip, create_clip, describe_clip
 from pipeline.data.order import Share
 from pipeline.errors import ConfigError
-from pipeline.networks.counting import CountedAttention, FusedAttention, count_forward_pass, count_training_pass
+from pipeline.networks.contrast import Pairs, contrastive_loss
+from pipeline.networks.counting import (
+    Activations,
+    CountedAttention,
+    FusedAttention,
+    count_forward_pass,
+    count_training_pass,
+)
+from pipeline.networks.exchange import rows_of_all
 from pipeline.networks.files import num_parameters
 from pipeline.networks.table import kind_of
 from pipeline.recipe.recipe import Recipe, TrainedSection
@@ -143,10 +154,15 @@ def _cost(name: str, section: TrainedSection, clip: OpenClip, recipe: Recipe) ->
     if is_clip and recipe.clip.source == "pretrained":
         return NetworkCost(name, parameters, 0.0, 0, work.sampling_flops, work.num_calls, weights, 0, 0, 0, 0)
     flops, activations = count_training_pass(network, work.run)
-    train, share = section.train, Share(section.train.batch_size, 0, section.resources.fewest_workers)
+    train, share = section.train, largest_share(section)
     part = share.largest_part(section.resources.samples_a_pass)
-    if kind.contrasts and part < share.largest:
-        flops += count_forward_pass(work.run)
+    activations *= part
+    if work.encode is not None:
+        with torch.no_grad():
+            width = work.encode(2).image.shape[1]
+        logits = _kept_logits(network, width, share)
+        activations = activations + logits if part == share.largest else max(activations, logits)
+        flops += count_forward_pass(work.run) if part < share.largest else 0
     return NetworkCost(
         name=name,
         num_parameters=parameters,
@@ -158,8 +174,28 @@ def _cost(name: str, section: TrainedSection, clip: OpenClip, recipe: Recipe) ->
         gradients_bytes=weights,
         optimizer_bytes=_OPTIMIZER_STATES * weights,
         average_bytes=weights,
-        activations_bytes=round(activations * part),
+        activations_bytes=round(activations),
     )
+
+
+def largest_share(section: TrainedSection) -> Share:
+    """The share of the last of the fewest workers of a training: no other one's is larger."""
+    num_workers = section.resources.fewest_workers
+    return Share(section.train.batch_size, num_workers - 1, num_workers)
+
+
+def _kept_logits(network: nn.Module, width: int, share: Share) -> int:
+    """Bytes that a contrastive loss saves for its backward pass, of a share against the global batch.
+
+    Args:
+        network: The network.
+        width: Features of a picture and of a caption.
+        share: Of a worker.
+    """
+    with FakeTensorMode(), torch.device("cpu"), Activations(network) as activations:  # meta has no autocast
+        image, text = (torch.empty(len(share), width, requires_grad=True) for _ in range(2))
+        contrastive_loss(Pairs(image, text, torch.ones(())), share, partial(rows_of_all, exchanges=False))
+    return activations.num_bytes
 
 
 def _short(count: float) -> str:

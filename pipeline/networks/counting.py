@@ -116,6 +116,8 @@ class Work:
     """Operations of all network calls for one result."""
     num_calls: int
     """Network calls of one chain; guidance doubles the items of each."""
+    encode: Callable[[int], Any] | None = None
+    """For a kind that contrasts: (number of samples) -> their ``Pairs``."""
 
 
 def count(run: Callable[[], object]) -> float:

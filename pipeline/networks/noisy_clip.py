@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from models.diffusion.process import Diffusion
 from models.diffusion.timesteps import UniformTimesteps
@@ -12,7 +11,7 @@ from models.noisy_clip.network import NoisyClip
 from models.pixels import resize_crop, to_pixels
 from models.sample_random import SampleRandom
 from pipeline.data.batch import Batch, TextEncoder
-from pipeline.networks.contrast import ContrastiveObjective, Pairs
+from pipeline.networks.contrast import ContrastiveObjective, Pairs, sum_of
 from pipeline.networks.counting import Work, count, first_steps
 from pipeline.networks.kind import NetworkKind
 
@@ -45,8 +44,9 @@ def _work(network: NoisyClip, _clip: object) -> Work:
     """``sampling_flops``: one call and its gradient, which every guided step of the decoder adds."""
     side_px = network.config.image_px
 
-    def run(size: int) -> Tensor:
-        return network(torch.zeros(size, 3, side_px, side_px), first_steps(size)).sum()
+    def encode(size: int) -> Pairs:
+        image = network(torch.zeros(size, 3, side_px, side_px), first_steps(size))
+        return Pairs(image, torch.zeros(image.shape), network.logit_scale)  # as the frozen CLIP embeds captions
 
     def gradient() -> None:
         x = torch.zeros(1, 3, side_px, side_px, requires_grad=True)
@@ -55,7 +55,7 @@ def _work(network: NoisyClip, _clip: object) -> Work:
     network.eval().requires_grad_(requires_grad=False)
     flops = count(gradient)
     network.requires_grad_(requires_grad=True)
-    return Work(run, flops, 1)
+    return Work(lambda size: sum_of(encode(size)), flops, 1, encode=encode)
 
 
 NOISY_CLIP = NetworkKind(

@@ -74,6 +74,8 @@ def advice(memory: WorkerMemory, recipe: Recipe) -> str:
     if memory.state > USABLE * memory.gpu:
         least = byte_size(memory.state / USABLE)
         return f"its state alone is larger; a GPU of {least} and more, or more workers that divide it"
+    if memory.state + memory.contrast > USABLE * memory.gpu:
+        return f"more workers, or a smaller batch_size: its contrastive loss takes {byte_size(memory.contrast)} anyhow"
     return "a larger GPU: not even one sample has room" if _can_divide(section) else "more workers or a smaller batch"
 
 

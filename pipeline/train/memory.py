@@ -11,6 +11,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,8 +26,10 @@ from models.layers.ema import AveragePairs, create_average, update_average
 from models.layers.unet import set_checkpointing
 from pipeline.clip.model import OpenClip
 from pipeline.data.order import Share
-from pipeline.networks.costs import build_clip
+from pipeline.networks.contrast import Pairs, contrastive_loss, gradients_of, product, resized
+from pipeline.networks.costs import build_clip, largest_share
 from pipeline.networks.counting import FusedAttention, backward_in_modes, identity_of
+from pipeline.networks.exchange import rows_of_all
 from pipeline.networks.table import kind_of
 from pipeline.recipe.recipe import Recipe, TrainedSection
 from pipeline.recipe.train_sections import TrainConfig
@@ -39,6 +42,7 @@ Json = dict[str, Any]
 USABLE = 0.94
 """Share of a GPU's memory that tensors can have: CUDA's context, the kernels' workspaces and gaps between tensors take
 the rest. An assumption."""
+_gather = partial(rows_of_all, exchanges=False)
 _IN_FLOAT32 = frozenset(
     {
         "group_norm",
@@ -76,6 +80,9 @@ class WorkerMemory:
     """The frozen CLIP of a network that reads captions, unless the embed step stored their token states."""
     work: int
     """Activations, copies in half precision and temporaries, at their peak in one step."""
+    contrast: int
+    """Of the work, what a contrastive loss takes however small the parts of a batch are: the features of all samples,
+    and the logits of this worker's."""
     gpu: int
     """Memory of the GPU that the recipe names; 0: none."""
 
@@ -160,7 +167,7 @@ def count_memory(name: str, section: TrainedSection, recipe: Recipe, frozen: Ope
 
 def _count_phase(name: str, section: TrainedSection, recipe: Recipe, frozen: OpenClip, precision: str) -> WorkerMemory:
     """The same while the forward passes are computed in one precision."""
-    resources, share = section.resources, _share(section)
+    resources, share = section.resources, largest_share(section)
     samples = share.largest_part(resources.samples_a_pass)
     kind = kind_of(section.model)
     with_images = kind.measures_pictures and not resources.validates_beside
@@ -172,22 +179,27 @@ def _count_phase(name: str, section: TrainedSection, recipe: Recipe, frozen: Ope
         clip = build_clip(recipe) if kind.name == "clip" else frozen
         network: nn.Module = clip.model if kind.name == "clip" else kind.create(section.model, clip.dims)
         average = create_average(network)
-        run = None if kind.name == "clip" else kind.work(network, clip).run  # CLIP's holds pictures of its own
+        work = None if kind.name == "clip" else kind.work(network, clip)  # CLIP's holds pictures of its own
     functions = GpuAutocast() if resources.accelerator == "cuda" else contextlib.nullcontext()
     with FakeTensorMode(), torch.device("cpu"), FusedAttention(_Attention), functions:
         _make_fake(network)
         _make_fake(average)
-        run = run or kind.work(network, clip).run
+        work = work or kind.work(network, clip)
         network.train().requires_grad_(requires_grad=True)
         set_checkpointing(network, enabled=resources.checkpointing)
-        step = _Step(network, average, create_optimizer(network, section.train), run, precision)
+        contrast = None
+        if work.encode is not None:
+            contrast = _Contrast(work.encode, share, share.parts(resources.samples_a_pass))
+        step = _Step(network, average, create_optimizer(network, section.train), work.run, precision, contrast)
         step.make_moments()
         count = _count_whole if resources.shards == 1 else _count_divided
         parts = count(step, section, samples, kind.blocks(network))
+        contrast_bytes = step.contrast_bytes(samples)
     return WorkerMemory(
         name=name,
         samples=samples,
         clip=clip_bytes,
+        contrast=contrast_bytes,
         gpu=round(resources.gpu_memory_gb * 1e9),
         **parts,
     )
@@ -208,7 +220,7 @@ def _clip_bytes(frozen: OpenClip, config: TrainConfig, *, with_images: bool, wit
 def _count_whole(step: _Step, section: TrainedSection, samples: int, blocks: Sequence[nn.Module]) -> dict[str, int]:
     """The parts of the memory of a worker that has the whole state."""
     del blocks
-    share, network = _share(section), step.network
+    share, network = largest_share(section), step.network
     is_divided = samples < share.largest
     has_buckets = section.resources.most_workers > 1
     work = step.peak_bytes(samples, gradients_stay=has_buckets or is_divided)
@@ -270,10 +282,6 @@ class _Attention(torch.autograd.Function):
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
 
 
-def _share(section: TrainedSection) -> Share:
-    return Share(section.train.batch_size, 0, section.resources.fewest_workers)
-
-
 def _to_float(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
 
@@ -292,6 +300,25 @@ def _make_fake(network: nn.Module) -> None:
 
 
 @dataclass
+class _Contrast:
+    """The contrastive loss of a worker's share, with no other worker there."""
+
+    encode: Callable[[int], Pairs]
+    share: Share
+    parts: Sequence[slice]
+    """Of the share; none is larger than the last."""
+
+    def loss(self) -> Tensor:
+        """Of the whole share in one pass."""
+        return contrastive_loss(self.encode(len(self.share)), self.share, _gather)
+
+    def gradients(self, pairs: Pairs) -> tuple[list[Pairs], list[Pairs]]:
+        """The features of all parts, each of the kind of these, and the gradients by them; see ``make_accumulate``."""
+        features = [resized(pairs, part.stop - part.start) for part in self.parts]
+        return features, gradients_of(features, self.share, 1.0, _gather)[1]
+
+
+@dataclass
 class _Step:
     """One step of a training with tensors that have no data."""
 
@@ -300,6 +327,8 @@ class _Step:
     optimizer: Muon
     run: Callable[[int], Tensor]
     precision: str
+    contrast: _Contrast | None
+    """For a kind that contrasts."""
 
     def peak_bytes(self, size: int, *, gradients_stay: bool) -> int:
         """Most bytes alive in a step of ``size`` samples, without the state and the gradients.
@@ -358,12 +387,41 @@ class _Step:
         self.optimizer.step()
         update_average(AveragePairs.of(self.average, self.network), 0.9, 1)
 
+    def contrast_bytes(self, size: int) -> int:
+        """Most bytes of features and logits; of a kind that does not contrast none."""
+        if self.contrast is None:
+            return 0
+        pairs = self._features(self.contrast, size)
+        with LiveBytes(pairs[:2]) as live:
+            self.contrast.gradients(pairs)
+        return live.peak
+
     def _pass(self, size: int) -> None:
+        """The largest part of a share; of a contrastive loss after that of the features of all parts."""
+        contrast, parts = self.contrast, None
+        if contrast is not None and size < len(contrast.share):
+            parts = contrast.gradients(self._features(contrast, size))
+        self._set_dropout(size)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bfloat16"):
+            if contrast is None:
+                loss = self.run(size)
+            elif parts is None:
+                loss = contrast.loss()
+            else:
+                _features, gradients = parts
+                loss = product(contrast.encode(size), gradients[-1])
+        backward_in_modes(loss.float())
+
+    @torch.no_grad()
+    def _features(self, contrast: _Contrast, size: int) -> Pairs:
+        """Of one part, without a graph."""
+        self._set_dropout(size)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bfloat16"):
+            return contrast.encode(size)
+
+    def _set_dropout(self, size: int) -> None:
         for dropout in dropouts_of(self.network):
             dropout.keys = torch.zeros(size, 2, dtype=torch.int32)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "bfloat16"):
-            loss = self.run(size)
-        backward_in_modes(loss.float())
 
 
 def _free_gradient(parameter: Tensor) -> None:

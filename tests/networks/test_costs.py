@@ -139,6 +139,20 @@ def test_costs_follow_the_parts_of_a_share(tmp_path: Path) -> None:
     assert cost("clip", 1 << 20).training_flops == cost("clip", 0).training_flops
 
 
+def test_what_a_contrastive_loss_keeps_is_counted_with_the_whole_batch(tmp_path: Path) -> None:
+    def kept(batch_size: int, part: int, num_workers: int = 1) -> int:
+        changes = {"train.batch_size": batch_size, "train.num_steps": 1, "train.warmup_steps": 0}
+        changes |= {"resources.micro_batch_size": part, "resources.num_workers": num_workers}
+        overrides = ["clip.model.vision=vit", "clip.model.patch_px=8", *(f"clip.{k}={v}" for k, v in changes.items())]
+        costs = recipe_costs(load_recipe(write_recipe(tmp_path, port=1), overrides))
+        return next(cost.activations_bytes for cost in costs if cost.name == "clip")
+
+    logits = 2 * 4 * 2048**2  # both ways, after their softmax
+    assert kept(2048, 1) == pytest.approx(logits, rel=0.05)
+    assert kept(2048, 1, num_workers=2) == pytest.approx(logits / 2, rel=0.05)
+    assert kept(2048, 0) == pytest.approx(logits + 2048 * kept(8, 1), rel=0.05)
+
+
 def test_sampling_counts_steps_guidance_and_candidates(tiny: Recipe, tmp_path: Path) -> None:
     def cost(*overrides: str) -> dict[str, NetworkCost]:
         recipe = load_recipe(write_recipe(tmp_path, port=1), overrides)

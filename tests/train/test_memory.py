@@ -91,6 +91,8 @@ def test_an_average_that_may_skip_steps_takes_no_copy_of_the_weights() -> None:
         ("decoder", {"batch_size": 16, "precision": "bfloat16"}, {}),
         ("clip", {"batch_size": 16}, {}),
         ("noisy_clip", {"batch_size": 32}, {}),
+        ("noisy_clip", {"batch_size": 512}, {}),  # its logits are half of it
+        ("noisy_clip", {"batch_size": 1024}, {"micro_batch_size": 32}),  # and here most of it
     ],
 )
 def test_counted_memory_is_that_of_the_real_step(
@@ -202,6 +204,32 @@ def test_a_changing_number_of_workers_is_proposed_to_divide_a_state_that_is_too_
     room = (divided.total + whole.state) / 2
     recipe = _changed("upsampler_1", train, resources | {"gpu_memory_gb": room / USABLE / 1e9})
     assert advice(_counted(recipe, "upsampler_1"), recipe) == "resources: num_shards = 0"
+
+
+def test_a_contrastive_loss_is_counted_however_small_the_parts_are_and_divided_among_workers() -> None:
+    train = {"batch_size": 1024}
+    whole, part, half = (
+        _counted(_changed("noisy_clip", train, resources), "noisy_clip")
+        for resources in ({}, {"micro_batch_size": 1}, {"micro_batch_size": 1, "num_workers": 2})
+    )
+    assert whole.contrast == pytest.approx(part.contrast, rel=0.05)
+    assert part.contrast == pytest.approx(16 * 1024**2, rel=0.05)
+    assert half.contrast == pytest.approx(part.contrast / 2, rel=0.1)  # it has the features of all workers
+    assert part.contrast <= part.work < 1.1 * part.contrast
+    assert half.work < 0.6 * part.work
+    assert _counted(training_recipe(), "decoder").contrast == 0
+
+
+def test_a_training_whose_logits_do_not_fit_is_told_that_smaller_parts_are_no_help() -> None:
+    train, resources = {"batch_size": 1024, "optimizer": "adamw"}, {"micro_batch_size": 1, "checkpointing": True}
+    memory = _counted(_changed("noisy_clip", train, resources), "noisy_clip")
+    room = memory.state + memory.contrast / 2
+    recipe = _changed("noisy_clip", train, resources | {"gpu_memory_gb": room / USABLE / 1e9})
+    words = advice(_counted(recipe, "noisy_clip"), recipe)
+    assert (
+        words
+        == f"more workers, or a smaller batch_size: its contrastive loss takes {byte_size(memory.contrast)} anyhow"
+    )
 
 
 def test_the_text_tower_alone_is_counted_where_no_picture_is_embedded() -> None:
