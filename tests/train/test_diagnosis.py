@@ -8,7 +8,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from models.sample_random import SampleRandom
-from pipeline.data.batches import Batch
+from pipeline.data.batch import Batch
 from pipeline.data.order import Share
 from pipeline.recipe.train_sections import TrainConfig, TrainResources
 from pipeline.train.accumulation import Place
